@@ -1,0 +1,40 @@
+"""Strict JAX for every test, and the data that a fresh clone may not have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _find_shared() -> Path | None:
+    candidates = [os.environ.get("JAXQUANT_SHARED_DATA"), ROOT.parent / "shared" / "data"]
+    return next((Path(c) for c in candidates if c and Path(c).is_dir()), None)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with WikiText-2 and stories260K; set JAXQUANT_SHARED_DATA to point elsewhere."""
+    path = _find_shared()
+    if path is None:
+        pytest.skip("no evaluation data: set JAXQUANT_SHARED_DATA to a folder that holds wikitext2/ and stories260K/")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The SmolLM2-135M-Instruct source; skipped where the wheel is not cached and cannot be fetched."""
+    from jaxquant.errors import JaxquantError
+    from jaxquant.io import open_model
+
+    try:
+        return open_model("smollm2-135m")
+    except JaxquantError as error:
+        pytest.skip(f"SmolLM2-135M is not available: {error}")
