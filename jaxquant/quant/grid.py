@@ -1,0 +1,211 @@
+"""`Grid`: how a weight is rounded - bits, groups, range convention, clip search."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped, UInt
+
+from jaxquant.errors import UsageError
+
+Convention = Literal["half-step", "restricted", "full"]
+Clip = Literal["minmax", "mse"]
+
+# Denominators of `scale = max|w| / DEN`, b bits.
+_DENOMINATOR = {
+    "half-step": lambda b: (2**b - 1) / 2,  # GPTQ's reference code, compressed-tensors, gpt-fast
+    "restricted": lambda b: 2 ** (b - 1) - 1,  # QuaRot, SpinQuant, AWQ
+    "full": lambda b: 2 ** (b - 1),  # auto-round, GGUF Q4_0; the extreme keeps its sign
+}
+_CLIP_STEPS = 80
+_CLIP_GRID = 100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """A uniform grid `what = scale * (code - zero)`, `code in 0 .. 2**bits - 1`; frozen and hashable.
+
+    Scale and zero belong to one group of `group_size` consecutive inputs of one output column. A scale is
+    rounded to `scale_dtype` before anything is quantized with it, so stored and used values agree.
+
+    Attributes:
+      bits: 1 to 8.
+      group_size: inputs per group; `None` is one group per column ("per channel").
+      symmetric: `True`: zero is the constant `2**(bits-1)` (1 bit: 1/2, levels +-scale/2) and is not stored.
+        `False`: `scale = (hi - lo) / (2**b - 1)`, `zero = round(-lo / scale)` with `lo <= 0 <= hi`, an integer
+        in `0 .. 2**b - 1`.
+      convention: range of a symmetric grid, `scale = max|w| / DEN`: `"half-step"` DEN = (2**b - 1)/2,
+        `"restricted"` DEN = 2**(b-1) - 1, `"full"` DEN = 2**(b-1) with the sign of the extreme in the scale.
+        At 2 bits the convention matters more than the algorithm, so tables name it.
+      clip: `"minmax"` keeps the whole range; `"mse"` tries the shrink factors 1, .99, .., .21 and keeps the one
+        with the least squared error per group; up to 2 bits it tries the neighbouring zeros too.
+      scale_dtype: dtype of stored scales and zeros, `"float16"` or `"float32"`.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = False
+    convention: Convention = "half-step"
+    clip: Clip = "minmax"
+    scale_dtype: Literal["float16", "float32"] = "float16"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise UsageError(f"bits={self.bits} is out of range; use 1 to 8")
+        if self.group_size is not None and self.group_size < 1:
+            raise UsageError(f"group_size={self.group_size} is not positive; use None for one group a column")
+        if self.convention not in _DENOMINATOR:
+            raise UsageError(f"unknown convention {self.convention!r}; use one of {', '.join(_DENOMINATOR)}")
+        if self.clip not in ("minmax", "mse"):
+            raise UsageError(f"unknown clip {self.clip!r}; use minmax or mse")
+        if self.scale_dtype not in ("float16", "float32"):
+            raise UsageError(f"unknown scale_dtype {self.scale_dtype!r}; use float16 or float32")
+
+    def __str__(self) -> str:
+        group = "per-channel" if self.group_size is None else f"g{self.group_size}"
+        kind = f"symmetric {self.convention}" if self.symmetric else "asymmetric"
+        clip = {"minmax": "min-max", "mse": "mse clip search"}[self.clip]
+        return f"W{self.bits} {group} {kind}, {clip}"
+
+    def groups(self, rows: int, *, where: str = "weight") -> int:
+        """Groups in a column of `rows` inputs; `UsageError` where they do not divide."""
+        if self.group_size is None:
+            return 1
+        if rows % self.group_size:
+            choices = [d for d in range(16, min(rows, 257)) if rows % d == 0 and d % 8 == 0] or [rows]
+            raise UsageError(
+                f"{where}: {rows} inputs are not divisible by group_size={self.group_size}; "
+                f"use {', '.join(map(str, choices))} or per-channel groups (group size 0 on the command line)"
+            )
+        return rows // self.group_size
+
+    def effective_bits(self, rows: int) -> float:
+        """Stored bits per weight, `bits + (scale and zero bits) / group_size`."""
+        metadata = jnp.finfo(self.scale_dtype).bits * (1 if self.symmetric else 2)
+        return self.bits + metadata * self.groups(rows) / rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `Grid(**d)` inverts it."""
+        return dataclasses.asdict(self)
+
+    @property
+    def constant_zero(self) -> float:
+        """Zero of a symmetric grid."""
+        return 2.0 ** (self.bits - 1) if self.bits > 1 else 0.5
+
+    def fit(
+        self, w: Float[Array, "*stack in out"]
+    ) -> tuple[Float[Array, "*stack groups out"], Float[Array, "*stack groups out"] | None]:
+        """Scale and zero of every group, in `scale_dtype`; zero is `None` for a symmetric grid.
+
+        Args:
+          w: weights; leading axes are free. Computed in float32 (float64 stays float64).
+
+        Raises:
+          UsageError: `in` is not divisible by `group_size`.
+        """
+        g = self._grouped(_real(w))
+        # The range of an asymmetric grid includes 0; an all-zero group gets [-1, 1] so that no scale is 0.
+        lo = jnp.minimum(jnp.min(g, axis=-2), 0)
+        hi = jnp.maximum(jnp.max(g, axis=-2), 0)
+        empty = (lo == 0) & (hi == 0)
+        lo, hi = jnp.where(empty, -1, lo), jnp.where(empty, 1, hi)
+        if self.clip == "minmax":
+            scale, zero = self._from_range(lo, hi)
+        else:
+            scale, zero = self._search(g, lo, hi)
+        return scale.astype(self.scale_dtype), None if zero is None else zero.astype(self.scale_dtype)
+
+    def quantize(
+        self,
+        w: Float[Array, "*stack in out"],
+        scale: Float[Array, "*stack groups out"],
+        zero: Float[Array, "*stack groups out"] | None,
+    ) -> UInt[Array, "*stack in out"]:
+        """Nearest codes (ties to even), `clip(round(w / scale) + zero, 0, 2**bits - 1)` as uint8."""
+        w = _real(w)
+        zero = self._zero(zero, w.dtype)
+        zero = zero if zero.ndim == 0 else zero[..., None, :]
+        codes = self._encode(self._grouped(w), scale.astype(w.dtype)[..., None, :], zero)
+        return codes.astype(jnp.uint8).reshape(w.shape)
+
+    def dequantize(
+        self,
+        codes: Shaped[Array, "*stack in out"],
+        scale: Float[Array, "*stack groups out"],
+        zero: Float[Array, "*stack groups out"] | None,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> Float[Array, "*stack in out"]:
+        """`scale * (code - zero)` in `dtype`."""
+        shift = self._zero(zero, dtype)
+        shift = shift if shift.ndim == 0 else shift[..., None, :]
+        values = (self._grouped(codes).astype(dtype) - shift) * scale.astype(dtype)[..., None, :]
+        return values.reshape(codes.shape)
+
+    def fake_quantize(self, w: Float[Array, "*stack in out"]) -> Float[Array, "*stack in out"]:
+        """`w` rounded to the grid fitted to it, in the dtype of `w`."""
+        scale, zero = self.fit(w)
+        return self.dequantize(self.quantize(w, scale, zero), scale, zero, _real(w).dtype).astype(w.dtype)
+
+    def _zero(self, zero: Array | None, dtype: jax.typing.DTypeLike) -> Array:
+        return jnp.asarray(self.constant_zero, dtype) if zero is None else zero.astype(dtype)
+
+    def _grouped(self, w: Array) -> Array:
+        groups = self.groups(w.shape[-2])
+        return w.reshape(*w.shape[:-2], groups, w.shape[-2] // groups, w.shape[-1])
+
+    def _encode(self, w: Array, scale: Array, zero: Array) -> Array:
+        # round(w / scale) + zero is what the field computes; a half-integer zero (1 bit) must shift first.
+        whole = jnp.floor(zero)
+        return jnp.clip(jnp.round(w / scale + (zero - whole)) + whole, 0, 2**self.bits - 1)
+
+    def _stored(self, scale: Array) -> Array:
+        """The scale as it will be stored: rounded to `scale_dtype`, kept off 0, subnormals and infinity."""
+        info = jnp.finfo(self.scale_dtype)
+        tiny, largest = jnp.asarray(info.tiny, scale.dtype), jnp.asarray(info.max, scale.dtype)
+        magnitude = jnp.clip(jnp.abs(scale), tiny, largest).astype(self.scale_dtype).astype(scale.dtype)
+        return jnp.where(scale < 0, -magnitude, magnitude)
+
+    def _from_range(self, lo: Array, hi: Array) -> tuple[Array, Array | None]:
+        if not self.symmetric:
+            scale = self._stored((hi - lo) / (2**self.bits - 1))
+            return scale, jnp.clip(jnp.round(-lo / scale), 0, 2**self.bits - 1)
+        extreme = jnp.maximum(-lo, hi)
+        if self.convention == "full" and self.bits > 1:
+            extreme = jnp.where(-lo >= hi, extreme, -extreme)  # code 0 (value -2**(b-1) scale) is the extreme
+        denominator = 0.5 if self.bits == 1 else _DENOMINATOR[self.convention](self.bits)
+        return self._stored(extreme / denominator), None
+
+    def _search(self, g: Array, lo: Array, hi: Array) -> tuple[Array, Array | None]:
+        shifts = (0.0, -1.0, 1.0) if not self.symmetric and self.bits <= 2 else (0.0,)
+
+        def consider(best: tuple[Array, Array, Array], shrink: Array) -> tuple[tuple[Array, Array, Array], None]:
+            scale, zero = self._from_range(lo * shrink, hi * shrink)
+            base = jnp.broadcast_to(self._zero(zero, g.dtype), scale.shape)
+            for shift in shifts:
+                error, best_scale, best_zero = best
+                shifted = jnp.clip(base + shift, 0, 2**self.bits - 1)
+                codes = self._encode(g, scale[..., None, :], shifted[..., None, :])
+                residual = (codes - shifted[..., None, :]) * scale[..., None, :] - g
+                candidate = jnp.sum(residual * residual, axis=-2)
+                better = candidate < error
+                best = (
+                    jnp.where(better, candidate, error),
+                    jnp.where(better, scale, best_scale),
+                    jnp.where(better, shifted, best_zero),
+                )
+            return best, None
+
+        scale, zero = self._from_range(lo, hi)
+        start = (jnp.full_like(lo, jnp.inf), scale, jnp.broadcast_to(self._zero(zero, g.dtype), scale.shape))
+        shrink = 1 - jnp.arange(_CLIP_STEPS, dtype=g.dtype) / _CLIP_GRID
+        (_, scale, best_zero), _ = jax.lax.scan(consider, start, shrink)
+        return scale, None if zero is None else best_zero
+
+
+def _real(w: Array) -> Array:
+    """float64 as it is, anything else as float32: half precision cannot hold the search's small differences."""
+    return w if w.dtype == jnp.float64 else w.astype(jnp.float32)

@@ -1,0 +1,119 @@
+"""`QArray`: the one quantized weight - packed words, scale, zero."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped, UInt
+
+from jaxquant.kernels.dequant_matmul import dequant_matmul
+from jaxquant.quant.grid import Grid
+from jaxquant.quant.packing import pack, unpack
+
+_LARGEST_BLOCK = 128
+
+
+def block_rows(group_rows: int) -> int:
+    """Rows packed together: the largest divisor of the group, at most 128, that fills whole words."""
+    if group_rows <= _LARGEST_BLOCK:
+        return group_rows
+    divisors = [d for d in range(8, _LARGEST_BLOCK + 1, 8) if group_rows % d == 0]
+    return max(divisors, default=group_rows)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QArray:
+    """A packed quantized matrix `[in, out]`, or a stack of them; a pytree.
+
+    Invariants, with `n, m = shape`, `G` groups, `B` blocks of `block = block_rows(n / G)` rows:
+
+    - `words`: uint8 or uint32 `[..., B, packed_rows(block), m]`, planar inside a block (see `packing`);
+    - `scale`: float16 or float32 `[..., G, m]`, never 0; negative only on a `"full"` symmetric grid;
+    - `zero`: like `scale`, or `None` where the grid is symmetric (`grid.constant_zero`);
+    - `order`: `None`, or int32 `[..., n]`: packed row k holds input `order[k]` (act-order, dynamic groups);
+    - `dequantize()[order] == scale * (code - zero)`.
+
+    Leading axes are free, so a QArray goes through `jax.vmap` and `lax.scan` as arrays do; `shape` is that of
+    one matrix. Integer leaves have no gradient: differentiate with respect to `scale`, or the activations.
+    """
+
+    words: UInt[Array, "*stack blocks words out"]
+    scale: Float[Array, "*stack groups out"]
+    zero: Float[Array, "*stack groups out"] | None
+    order: Int[Array, "*stack in"] | None
+    grid: Grid = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+    # numpy arrays on the left of `@` must hand over to `__rmatmul__` instead of trying elementwise objects.
+    __array_ufunc__ = None
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Shaped[Array, "*stack in out"],
+        scale: Float[Array, "*stack groups out"],
+        zero: Float[Array, "*stack groups out"] | None,
+        grid: Grid,
+        *,
+        order: Int[Array, "*stack in"] | None = None,
+        word_dtype: jax.typing.DTypeLike = jnp.uint8,
+    ) -> QArray:
+        """Packs codes `0 .. 2**bits - 1`; with `order`, row k of `codes` belongs to input `order[k]`."""
+        rows, out = codes.shape[-2:]
+        block = block_rows(rows // grid.groups(rows))
+        blocks = codes.reshape(*codes.shape[:-2], rows // block, block, out)
+        words = pack(blocks, grid.bits, word_dtype=word_dtype)
+        return cls(words=words, scale=scale, zero=zero, order=order, grid=grid, shape=(rows, out))
+
+    @property
+    def block(self) -> int:
+        """Input rows in one packed block."""
+        return block_rows(self.shape[0] // self.grid.groups(self.shape[0]))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the arrays hold: whole words, scales, zeros and order."""
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits per weight, `8 nbytes / number of weights`."""
+        stack = math.prod(self.scale.shape[:-2])
+        return 8 * self.nbytes / (stack * math.prod(self.shape))
+
+    def codes(self) -> UInt[Array, "*stack in out"]:
+        """Unpacked codes as uint8, in packed row order."""
+        codes = unpack(self.words, self.grid.bits, self.block)
+        return codes.reshape(*codes.shape[:-3], *self.shape)
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*stack in out"]:
+        """The whole weight `[..., in, out]` in the original input order."""
+        weight = self.grid.dequantize(self.codes(), self.scale, self.zero, dtype)
+        if self.order is None:
+            return weight
+        return jnp.take_along_axis(weight, jnp.argsort(self.order, axis=-1)[..., None], axis=-2)
+
+    def __rmatmul__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
+        """`x @ q` in the dtype of `x`; the dequantized weight is never materialized as a whole.
+
+        `q` must be one matrix: `vmap` or `scan` over the leading axes of a stack.
+        """
+        if self.words.ndim != 3:
+            raise ValueError(f"x @ QArray needs one matrix, not a stack of {self.scale.shape[:-2]}; use jax.vmap")
+        x = jnp.asarray(x)
+        if x.shape[-1] != self.shape[0]:
+            raise ValueError(f"x @ QArray: x has {x.shape[-1]} features, the weight {self.shape[0]} inputs")
+        if self.order is not None:
+            x = jnp.take(x, self.order, axis=-1)
+        zero = jnp.full_like(self.scale, self.grid.constant_zero) if self.zero is None else self.zero
+        return dequant_matmul(x, self.words, self.scale, zero, bits=self.grid.bits, block=self.block)
+
+
+def quantize(w: Float[Array, "*stack in out"], grid: Grid) -> QArray:
+    """`w` rounded to nearest on `grid`, packed."""
+    scale, zero = grid.fit(w)
+    return QArray.from_codes(grid.quantize(w, scale, zero), scale, zero, grid)
