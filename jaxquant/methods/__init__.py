@@ -1,0 +1,7 @@
+"""One paper, one file: pure functions on arrays."""
+
+from jaxquant.methods.gptq import gptq
+from jaxquant.methods.rounded import Rounded, Stats, layer_error
+from jaxquant.methods.rtn import rtn
+
+__all__ = ["Rounded", "Stats", "gptq", "layer_error", "rtn"]

@@ -74,7 +74,7 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     kv_heads = raw.get("num_key_value_heads") or heads
     if heads % kv_heads:
         raise InputError(
-            f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads evenly"
+            f"config.json: {heads} attention heads do not divide into {kv_heads} key/value heads"
         )
     act_field = "hidden_activation" if gemma else "hidden_act"
     act_name = raw.get(act_field) or "silu"
@@ -166,9 +166,7 @@ def _refusal(field: str, value: Any) -> str:
 
 def _integer(raw: dict[str, Any], name: str) -> int:
     if not isinstance(raw.get(name), int):
-        raise InputError(
-            f"config.json: {name} is missing or not an integer; is this a complete model folder?"
-        )
+        raise InputError(f"config.json: {name} is missing or no integer; is the model folder complete?")
     return raw[name]
 
 

@@ -182,7 +182,9 @@ class Grid:
     def _search(self, g: Array, lo: Array, hi: Array) -> tuple[Array, Array | None]:
         shifts = (0.0, -1.0, 1.0) if not self.symmetric and self.bits <= 2 else (0.0,)
 
-        def consider(best: tuple[Array, Array, Array], shrink: Array) -> tuple[tuple[Array, Array, Array], None]:
+        def consider(
+            best: tuple[Array, Array, Array], shrink: Array
+        ) -> tuple[tuple[Array, Array, Array], None]:
             scale, zero = self._from_range(lo * shrink, hi * shrink)
             base = jnp.broadcast_to(self._zero(zero, g.dtype), scale.shape)
             for shift in shifts:

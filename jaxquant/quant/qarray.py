@@ -103,7 +103,9 @@ class QArray:
         `q` must be one matrix: `vmap` or `scan` over the leading axes of a stack.
         """
         if self.words.ndim != 3:
-            raise ValueError(f"x @ QArray needs one matrix, not a stack of {self.scale.shape[:-2]}; use jax.vmap")
+            raise ValueError(
+                f"x @ QArray needs one matrix, not a stack of {self.scale.shape[:-2]}; use jax.vmap"
+            )
         x = jnp.asarray(x)
         if x.shape[-1] != self.shape[0]:
             raise ValueError(f"x @ QArray: x has {x.shape[-1]} features, the weight {self.shape[0]} inputs")

@@ -36,6 +36,10 @@ def dequant_matmul(
         return acc + jnp.matmul(x_tile, weight, preferred_element_type=jnp.float32), None
 
     x_tiles = jnp.moveaxis(x.reshape(x.shape[0], tiles, per_tile * block), 1, 0)
-    tiled = (x_tiles, words.reshape(tiles, per_tile, *words.shape[1:]), group_of_block.reshape(tiles, per_tile))
+    tiled = (
+        x_tiles,
+        words.reshape(tiles, per_tile, *words.shape[1:]),
+        group_of_block.reshape(tiles, per_tile),
+    )
     acc, _ = jax.lax.scan(add_tile, jnp.zeros((x.shape[0], out), jnp.float32), tiled)
     return acc.astype(x.dtype)

@@ -1,0 +1,72 @@
+"""`Moments`: what is known about the inputs of a linear layer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Sums over the tokens seen at one tap; linears that share the tap share it.
+
+    Attributes:
+      second: float32 `[..., n, n]`, `sum x x^T` (symmetric positive semi-definite).
+      count: int32 `[...]`, number of tokens.
+      max_abs: float32 `[..., n]`, `max |x|` of each channel.
+      output: float32 `[..., m, m]` or `None`, `sum g g^T` of the output gradients.
+
+    `merge` is associative and commutative, so shards and machines add up.
+    """
+
+    second: Float[Array, "*stack n n"]
+    count: Int[Array, "*stack"]
+    max_abs: Float[Array, "*stack n"]
+    output: Float[Array, "*stack m m"] | None = None
+
+    @classmethod
+    def zeros(cls, features: int) -> Moments:
+        """Nothing seen yet."""
+        return cls(
+            second=jnp.zeros((features, features), jnp.float32),
+            count=jnp.zeros((), jnp.int32),
+            max_abs=jnp.zeros((features,), jnp.float32),
+        )
+
+    @property
+    def mean_second(self) -> Float[Array, "*stack n n"]:
+        """`H = sum x x^T / count`; zero where nothing was seen."""
+        return self.second / jnp.maximum(self.count, 1).astype(jnp.float32)[..., None, None]
+
+
+def observe(x: Float[Array, "*tokens n"], *, mask: Bool[Array, "*tokens"] | None = None) -> Moments:
+    """Moments of one batch: float32 products at highest precision whatever the dtype of `x`.
+
+    Args:
+      x: activations; every leading axis is a token axis.
+      mask: tokens to count; the others (padding, a massive first token) are left out.
+    """
+    x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    count = jnp.asarray(x.shape[0], jnp.int32)
+    if mask is not None:
+        kept = mask.reshape(-1)
+        x = jnp.where(kept[:, None], x, 0)
+        count = jnp.sum(kept, dtype=jnp.int32)
+    second = jnp.matmul(x.T, x, precision="highest")
+    return Moments(second=second, count=count, max_abs=jnp.max(jnp.abs(x), axis=0))
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """The moments of both sets of tokens together."""
+    if (a.output is None) != (b.output is None):
+        raise ValueError("merge: one side has output moments, the other has none")
+    return Moments(
+        second=a.second + b.second,
+        count=a.count + b.count,
+        max_abs=jnp.maximum(a.max_abs, b.max_abs),
+        output=None if a.output is None or b.output is None else a.output + b.output,
+    )

@@ -1,0 +1,75 @@
+"""`Rounded`: what every rounding method returns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from jaxquant.quant import Grid, QArray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Diagnostics of one rounding, one number per matrix.
+
+    Attributes:
+      error: relative layer error `tr(D^T H D) / tr(W^T H W)`, `D = What - W`, against the original weight.
+      damping: damping used, in units of `mean(diag H)`; 0 where the method needs none.
+      attempts: factorizations tried; 0 where the method needs none.
+      fallback: the factorization failed on every rung and the result is that of rounding to nearest.
+      dead: inputs that were 0 on every calibration token.
+      finite: the weight and the moments held neither NaN nor infinity.
+    """
+
+    error: Float[Array, "*stack"]
+    damping: Float[Array, "*stack"]
+    attempts: Int[Array, "*stack"]
+    fallback: Bool[Array, "*stack"]
+    dead: Int[Array, "*stack"]
+    finite: Bool[Array, "*stack"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """Integers on a grid, unpacked, with diagnostics; a pytree, so roundings `vmap` over stacked layers.
+
+    Attributes:
+      codes: uint8 `[..., in, out]`; row k belongs to input `order[k]` (or k where `order` is `None`).
+      scale, zero: `[..., groups, out]` as in `QArray`.
+      order: int32 `[..., in]` or `None`.
+      stats: see `Stats`.
+      grid: static.
+    """
+
+    codes: UInt[Array, "*stack in out"]
+    scale: Float[Array, "*stack groups out"]
+    zero: Float[Array, "*stack groups out"] | None
+    order: Int[Array, "*stack in"] | None
+    stats: Stats
+    grid: Grid = dataclasses.field(metadata={"static": True})
+
+    def pack(self) -> QArray:
+        """The packed weight."""
+        return QArray.from_codes(self.codes, self.scale, self.zero, self.grid, order=self.order)
+
+
+def layer_error(
+    rounded: Float[Array, "*stack in out"],
+    weight: Float[Array, "*stack in out"],
+    second: Float[Array, "*stack in in"],
+) -> Float[Array, "*stack"]:
+    """`tr(D^T H D) / tr(W^T H W)` with `D = rounded - weight`: the share of output energy that is lost.
+
+    `second` is H or any positive multiple of it. 0 where the inputs were all 0.
+    """
+
+    def energy(a: Array) -> Array:
+        return jnp.sum(a * jnp.matmul(second, a, precision="highest"), axis=(-2, -1))
+
+    total = energy(weight)
+    return jnp.where(total > 0, energy(rounded - weight) / jnp.where(total > 0, total, 1), 0)
