@@ -34,8 +34,8 @@ class InverseFactor:
 def upper_inverse_factor(h: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """Upper `U` with `H^-1 = U^T U`, from one Cholesky factorization of the flipped matrix.
 
-    `M = chol(flip(H))`, `U = flip(M^-1)`: (2/3) n^3 flops instead of the (4/3) n^3 of factor, inverse, factor,
-    at the same accuracy. NaN where `H` is not positive definite.
+    `M = chol(flip(H))`, `U = flip(M^-1)`: (2/3) n^3 flops instead of the (4/3) n^3 of factor, inverse and
+    factor, at the same accuracy. NaN where `H` is not positive definite.
     """
     lower = jnp.linalg.cholesky(h[::-1, ::-1], symmetrize_input=False)
     inverse = jax.lax.linalg.triangular_solve(

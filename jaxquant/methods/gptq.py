@@ -44,7 +44,7 @@ def gptq(
     permutation.
 
     Args:
-      weight: `[in, out]`, any float dtype. Computed in float32, or in float64 where both weight and moments are.
+      weight: `[in, out]`, any float dtype; computed in float32, or in float64 where it or the moments are.
       moments: of the layer's inputs; `second` `[in, in]`.
       grid: static.
       act_order: process inputs by descending second moment.

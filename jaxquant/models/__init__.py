@@ -1,0 +1,5 @@
+"""Decoder-only language models: `config` (static), `families`, `decoder`, `cache`, `modules` (Flax NNX)."""
+
+from jaxquant.models.config import ModelConfig, Rope
+
+__all__ = ["ModelConfig", "Rope"]

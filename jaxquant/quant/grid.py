@@ -35,12 +35,12 @@ class Grid:
       bits: 1 to 8.
       group_size: inputs per group; `None` is one group per column ("per channel").
       symmetric: `True`: zero is the constant `2**(bits-1)` (1 bit: 1/2, levels +-scale/2) and is not stored.
-        `False`: `scale = (hi - lo) / (2**b - 1)`, `zero = round(-lo / scale)` with `lo <= 0 <= hi`, an integer
+        `False`: `scale = (hi - lo) / (2**b - 1)`, `zero = round(-lo / scale)`, `lo <= 0 <= hi`, an integer
         in `0 .. 2**b - 1`.
       convention: range of a symmetric grid, `scale = max|w| / DEN`: `"half-step"` DEN = (2**b - 1)/2,
         `"restricted"` DEN = 2**(b-1) - 1, `"full"` DEN = 2**(b-1) with the sign of the extreme in the scale.
         At 2 bits the convention matters more than the algorithm, so tables name it.
-      clip: `"minmax"` keeps the whole range; `"mse"` tries the shrink factors 1, .99, .., .21 and keeps the one
+      clip: `"minmax"` keeps the whole range; `"mse"` tries the shrink factors 1, .99, .., .21 and keeps that
         with the least squared error per group; up to 2 bits it tries the neighbouring zeros too.
       scale_dtype: dtype of stored scales and zeros, `"float16"` or `"float32"`.
     """
@@ -209,5 +209,5 @@ class Grid:
 
 
 def _real(w: Array) -> Array:
-    """float64 as it is, anything else as float32: half precision cannot hold the search's small differences."""
+    """float64 as it is, anything else as float32: half precision cannot hold small differences."""
     return w if w.dtype == jnp.float64 else w.astype(jnp.float32)

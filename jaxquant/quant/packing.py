@@ -22,7 +22,7 @@ def _planes(bits: int) -> tuple[int, ...]:
 
 
 def packed_rows(rows: int, bits: int, word_bits: int = 8) -> int:
-    """Words that `rows` codes of `bits` bits take along the packed axis: `sum_p ceil(rows * p / word_bits)`."""
+    """Words that `rows` codes of `bits` bits take: `sum_p ceil(rows * p / word_bits)` over planes p."""
     return sum(-(-rows * plane // word_bits) for plane in _planes(bits))
 
 

@@ -1,4 +1,4 @@
-"""The portable implementation: a scan over row blocks, so that only a tile of the weight is ever dequantized."""
+"""The portable implementation: a scan over row blocks; only a tile of the weight is ever dequantized."""
 
 from __future__ import annotations
 
