@@ -1,0 +1,265 @@
+"""One decoder-only transformer for every family, as pure functions of `(params, config, tokens)`.
+
+The parameters of all blocks are stacked on axis 0 and scanned, so compile time does not grow with depth;
+`block` is the same computation for one block alone. Kernels are float arrays or anything that defines
+`x @ kernel` (a packed `QArray`); float kernels are cast to the dtype of the activations where they are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxquant.errors import InputError
+from jaxquant.models.attention import attention
+from jaxquant.models.cache import KVCache
+from jaxquant.models.config import LINEARS, ModelConfig
+from jaxquant.models.rotary import rotate, tables
+
+Params = dict[str, Any]
+
+TAPS = tuple(tap for tap, _ in LINEARS)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """What `forward` returns: logits float32 `[B, T, V]`, the updated cache, taps `{name: [L, B, T, .]}`."""
+
+    logits: jax.Array
+    cache: KVCache | None
+    taps: dict[str, jax.Array]
+
+
+def embed(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
+    """Embeds `tokens` int32 `[B, T]` into the activations `[B, T, d]` in `config.dtype`."""
+    x = jnp.take(params["embed"], tokens, axis=0).astype(config.dtype)
+    # Gemma rounds its factor to the dtype of the activations before multiplying.
+    return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, config.dtype)
+
+
+def block(
+    block_params: Params,
+    config: ModelConfig,
+    x: jax.Array,
+    *,
+    sliding: bool | jax.Array,
+    positions: jax.Array | None = None,
+    cache: KVCache | None = None,
+    taps: bool = False,
+) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
+    """One block: `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+
+    Args:
+      block_params: one block's slice of `params["blocks"]`, without the leading axis.
+      x: activations `[B, T, d]`.
+      sliding: whether this block's attention is windowed; a Python bool skips the masked work.
+      positions: int32 `[T]`, where the rotation places the tokens; by default they follow the cache.
+      cache: this block's cache (leaves without the layer axis); `x` is appended to it.
+      taps: also return what the linears read.
+
+    Returns:
+      The activations `[B, T, d]`, the updated cache, and the taps: `attn_in` `[B, T, d]` (q, k, v),
+      `attn_out` `[B, T, H * head_dim]` (o), `mlp_in` `[B, T, d]` (gate, up), `mlp_hidden` `[B, T, f]` (down).
+    """
+    rotations = _rotations(config, _positions(x.shape[1], cache) if positions is None else positions)
+    return _block(block_params, config, x, sliding, rotations, cache, TAPS if taps else ())
+
+
+def final_hidden(
+    params: Params, config: ModelConfig, tokens: jax.Array, *, cache: KVCache | None = None
+) -> tuple[jax.Array, KVCache | None]:
+    """Activations after the final norm `[B, T, d]`, and the updated cache."""
+    hidden, cache, _ = _run(params, config, tokens, cache, ())
+    return hidden, cache
+
+
+def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """`hidden @ head` (or the tied embedding), accumulated and returned in float32: `[..., V]`."""
+    if config.tie_embeddings:
+        kernel = params["embed"].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
+    return _matmul(hidden, params["head"], jnp.float32)
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    *,
+    cache: KVCache | None = None,
+    taps: Sequence[str] = (),
+) -> Output:
+    """Logits of every position of `tokens` int32 `[B, T]`.
+
+    Args:
+      params: see `init_params` for the tree.
+      cache: keys and values of the tokens before these; see `init_cache`.
+      taps: which of `attn_in`, `attn_out`, `mlp_in`, `mlp_hidden` to return, stacked over layers.
+
+    Raises:
+      InputError: more tokens than the cache can hold, or an unknown tap.
+    """
+    unknown = set(taps) - set(TAPS)
+    if unknown:
+        raise InputError(f"unknown taps {sorted(unknown)}; there are {', '.join(TAPS)}")
+    hidden, cache, collected = _run(params, config, tokens, cache, tuple(taps))
+    return Output(logits=logits(params, config, hidden), cache=cache, taps=collected)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, with statistics in float32."""
+    wide = x.astype(jnp.float32)
+    normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps)
+    weight = lax.expand_dims(weight, range(x.ndim - 1))
+    if config.norm_plus_one:
+        # Gemma multiplies before it rounds, Llama after.
+        return (normed * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+    return normed.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def init_params(key: jax.Array, config: ModelConfig, *, dtype: Any = jnp.float32) -> Params:
+    """Random parameters with the variance-preserving scale `1 / sqrt(in)`; norms are the identity.
+
+    The tree: `embed [V, d]`, `norm [d]`, `head [d, V]` unless tied, and `blocks`, whose leaves carry a
+    leading layer axis: `attn_norm`, `mlp_norm` (and `attn_post_norm`, `mlp_post_norm`) `[L, d]`,
+    `attn.{q,k,v,o}.kernel [L, in, out]` with `bias [L, out]` where the config says so,
+    `attn.{q_norm,k_norm} [L, head_dim]`, `mlp.{gate,up,down}.kernel`.
+    """
+    layers, d = config.num_layers, config.hidden_size
+    key_embed, key_head, *keys = jax.random.split(key, 2 + sum(len(paths) for _, paths in LINEARS))
+
+    def identity(size: int, *leading: int) -> jax.Array:
+        return jnp.full((*leading, size), 0.0 if config.norm_plus_one else 1.0, dtype)
+
+    has_bias = {"attn.q": config.qkv_bias, "attn.k": config.qkv_bias, "attn.v": config.qkv_bias,
+                "attn.o": config.o_bias}  # fmt: skip
+    blocks: Params = {"attn": {}, "mlp": {}}
+    for key_linear, path in zip(keys, (path for _, paths in LINEARS for path in paths), strict=True):
+        part, name = path.split(".")
+        inputs, outputs = config.linear_shape(path)
+        kernel = jax.random.normal(key_linear, (layers, inputs, outputs), dtype) / math.sqrt(inputs)
+        blocks[part][name] = {"kernel": kernel}
+        if has_bias.get(path, config.mlp_bias and part == "mlp"):
+            blocks[part][name]["bias"] = jnp.zeros((layers, outputs), dtype)
+    norms = ["attn_norm", "mlp_norm"] + (["attn_post_norm", "mlp_post_norm"] if config.post_norms else [])
+    blocks |= {name: identity(d, layers) for name in norms}
+    if config.qk_norm:
+        blocks["attn"] |= {name: identity(config.head_dim, layers) for name in ("q_norm", "k_norm")}
+    scale = 1 / math.sqrt(d)
+    params = {
+        "embed": jax.random.normal(key_embed, (config.vocab_size, d), dtype) * scale,
+        "blocks": blocks,
+        "norm": identity(d),
+    }
+    if not config.tie_embeddings:
+        params["head"] = jax.random.normal(key_head, (d, config.vocab_size), dtype) * scale
+    return params
+
+
+def _run(
+    params: Params, config: ModelConfig, tokens: jax.Array, cache: KVCache | None, taps: tuple[str, ...]
+) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
+    """Embedding, all blocks by one scan, final norm."""
+    length = tokens.shape[1]
+    if cache is not None and length > cache.size:
+        raise InputError(f"{length} tokens do not fit into a cache of {cache.size}; make it longer")
+    rotations = _rotations(config, _positions(length, cache))
+    flags = config.sliding_layers
+    # Equal layers keep a Python bool, so that masked work is skipped; only mixed ones pay for a traced flag.
+    mixed = len(set(flags)) > 1
+    sliding = jnp.asarray(flags) if mixed else None
+    slices = None if cache is None else (cache.k, cache.v)
+
+    def step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        block_params, flag, pair = layer
+        own = None if cache is None else KVCache(k=pair[0], v=pair[1], length=cache.length)
+        flag = flag if mixed else any(flags)
+        x, own, tapped = _block(block_params, config, x, flag, rotations, own, taps)
+        return x, (None if own is None else (own.k, own.v), tapped)
+
+    x = embed(params, config, tokens)
+    x, (slices, collected) = lax.scan(step, x, (params["blocks"], sliding, slices))
+    if cache is not None:
+        cache = KVCache(k=slices[0], v=slices[1], length=cache.length + length)
+    return rms_norm(x, params["norm"], config), cache, collected
+
+
+def _block(
+    block_params: Params,
+    config: ModelConfig,
+    x: jax.Array,
+    sliding: bool | jax.Array,
+    rotations: tuple[Any, Any],
+    cache: KVCache | None,
+    taps: tuple[str, ...],
+) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
+    attn, mlp = block_params["attn"], block_params["mlp"]
+    batch, length = x.shape[:2]
+
+    attn_in = rms_norm(x, block_params["attn_norm"], config)
+    q, k, v = (_linear(attn[name], attn_in).reshape(batch, length, -1, config.head_dim) for name in "qkv")
+    if config.qk_norm:
+        q, k = rms_norm(q, attn["q_norm"], config), rms_norm(k, attn["k_norm"], config)
+    cos, sin = _select(sliding, *rotations)
+    q, k = rotate(q, cos, sin) * config.query_scale, rotate(k, cos, sin)
+    start = None
+    if cache is not None:
+        start, at = cache.length, (0, cache.length, 0, 0)
+        k, v = (lax.dynamic_update_slice(old, new, at) for old, new in ((cache.k, k), (cache.v, v)))
+        cache = KVCache(k=k, v=v, length=start + length)
+    attn_out = attention(q, k, v, window=config.sliding_window, sliding=sliding, start=start)
+    y = _linear(attn["o"], attn_out)
+    x = x + (rms_norm(y, block_params["attn_post_norm"], config) if config.post_norms else y)
+
+    mlp_in = rms_norm(x, block_params["mlp_norm"], config)
+    mlp_hidden = _activate(_linear(mlp["gate"], mlp_in), config) * _linear(mlp["up"], mlp_in)
+    y = _linear(mlp["down"], mlp_hidden)
+    x = x + (rms_norm(y, block_params["mlp_post_norm"], config) if config.post_norms else y)
+
+    values_by_tap = dict(zip(TAPS, (attn_in, attn_out, mlp_in, mlp_hidden), strict=True))
+    return x, cache, {tap: values_by_tap[tap] for tap in taps}
+
+
+def _linear(linear: Params, x: jax.Array) -> jax.Array:
+    y = _matmul(x, linear["kernel"], x.dtype)
+    if "bias" in linear:
+        y = y + lax.expand_dims(linear["bias"].astype(x.dtype), range(x.ndim - 1))
+    return y
+
+
+def _matmul(x: jax.Array, kernel: Any, dtype: Any) -> jax.Array:
+    if isinstance(kernel, (jax.Array, np.ndarray)):
+        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+    return (x @ kernel).astype(dtype)
+
+
+def _activate(x: jax.Array, config: ModelConfig) -> jax.Array:
+    if config.activation == "silu":
+        return jax.nn.silu(x)
+    return jax.nn.gelu(x, approximate=config.activation == "gelu_tanh")
+
+
+def _positions(length: int, cache: KVCache | None) -> jax.Array:
+    positions = jnp.arange(length, dtype=jnp.int32)
+    return positions if cache is None else positions + cache.length
+
+
+def _rotations(config: ModelConfig, positions: jax.Array) -> tuple[Any, Any]:
+    """Rotation tables of full and of sliding layers."""
+    full = tables(config.rope, config.head_dim, positions)
+    local = full if config.rope_local is None else tables(config.rope_local, config.head_dim, positions)
+    return full, local
+
+
+def _select(sliding: bool | jax.Array, full: Any, local: Any) -> Any:
+    if isinstance(sliding, bool):
+        return local if sliding else full
+    return jax.tree.map(lambda a, b: jnp.where(sliding, a, b), local, full)
