@@ -203,7 +203,7 @@ def _decode(data: bytes, place: str) -> str:
 
 
 def _join_wikitext(raw: str) -> str:
-    """The usual WikiText perplexity text: rows keep their newline, blank ones are empty; two newlines between."""
+    """The usual WikiText perplexity text: blank rows are empty, two newlines between rows."""
     rows = raw.removesuffix("\n").split("\n")
     return "\n\n".join("" if not row.strip() else row + "\n" for row in rows)
 
