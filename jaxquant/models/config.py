@@ -99,6 +99,10 @@ class ModelConfig:
             "mlp.gate": (d, f), "mlp.up": (d, f), "mlp.down": (f, d),
         }[path]  # fmt: skip
 
+    def slides(self, layer: int) -> bool:
+        """Whether the attention of block `layer` is windowed."""
+        return bool(self.sliding_layers) and self.sliding_layers[layer]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` inverts it."""
         return dataclasses.asdict(self)
