@@ -1,0 +1,221 @@
+"""Quantized models on disk: a folder of orbax checkpoints, one a block, with everything to use them.
+
+    FOLDER/
+      jaxquant.json    format version, model config, recipe, source, calibration, state and summary of the run
+      tokenizer.json
+      outer/           orbax: embedding, final norm, head
+      blocks/000/ ...  orbax: packed weights of one block (`params`), grids and shapes (`linears`), log rows
+      report.html, rows.jsonl
+
+A block's folder appears in one rename when all of it is written, so a run killed at any moment leaves whole
+blocks and nothing else that counts.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.errors import InputError, UsageError
+from jaxquant.models.config import LINEARS, ModelConfig
+from jaxquant.quant import Grid, QArray
+
+MANIFEST = "jaxquant.json"
+FORMAT = 1
+_LEAVES = ("words", "scale", "zero", "order")
+PATHS = tuple(path for _, paths in LINEARS for path in paths)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is a quantized model of ours, complete or not."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of `folder`.
+
+    Raises:
+      InputError: there is none, or it is damaged or of an unknown format version.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{folder}: no {MANIFEST}; this is not a quantized model") from None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); quantize the model again") from None
+    if manifest.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}; use a matching jaxquant"
+        )
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Replaces the manifest in one step."""
+    partial = folder / (MANIFEST + ".partial")
+    try:
+        partial.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
+        os.replace(partial, folder / MANIFEST)
+    except OSError as error:
+        raise _disk_error(error, folder) from error
+
+
+def save_outer(folder: Path, outer: Mapping[str, Any]) -> None:
+    """Writes the parameters outside the blocks, once."""
+    _save(folder / "outer", params=_numpy(dict(outer)))
+
+
+def save_block(folder: Path, index: int, params: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Writes one block: kernels that are `QArray`s are stored by their leaves, the rest as it is.
+
+    `record` is JSON kept with the block (log rows); a grid and a shape per quantized linear are added to it.
+    """
+    linears = {}
+    stored = jax.tree.map(lambda leaf: leaf, dict(params), is_leaf=_is_qarray)
+    for path in PATHS:
+        part, name = path.split(".")
+        kernel = stored[part][name]["kernel"]
+        if isinstance(kernel, QArray):
+            linears[path] = {"grid": kernel.grid.to_dict(), "shape": list(kernel.shape)}
+            leaves = {leaf: getattr(kernel, leaf) for leaf in _LEAVES}
+            stored[part][name]["kernel"] = {k: v for k, v in leaves.items() if v is not None}
+    _save(_block_folder(folder, index), params=_numpy(stored), record={**record, "linears": linears})
+
+
+def load_block(folder: Path, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`(params, record)` of one block as `save_block` got them, leaves as numpy arrays."""
+    items = _restore(_block_folder(folder, index))
+    params, record = items["params"], items["record"]
+    for path, static in record["linears"].items():
+        part, name = path.split(".")
+        leaves = {leaf: params[part][name]["kernel"].get(leaf) for leaf in _LEAVES}
+        grid, shape = Grid(**static["grid"]), (static["shape"][0], static["shape"][1])
+        params[part][name]["kernel"] = QArray(**leaves, grid=grid, shape=shape)
+    return params, record
+
+
+def load_outer(folder: Path) -> dict[str, Any]:
+    """The parameters outside the blocks as numpy arrays."""
+    return _restore(folder / "outer")["params"]
+
+
+def finished_blocks(folder: Path) -> int:
+    """Number of leading blocks that are whole on disk."""
+    count = 0
+    while _block_folder(folder, count).is_dir():
+        count += 1
+    return count
+
+
+def remove_partial(folder: Path) -> None:
+    """Deletes what an interrupted save left behind."""
+    for leftover in [*folder.glob("*.orbax-checkpoint-tmp*"), *folder.glob("blocks/*.orbax-checkpoint-tmp*")]:
+        shutil.rmtree(leftover)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """`(params, config)` of a finished quantized model, blocks stacked on axis 0, bit for bit as saved.
+
+    Raises:
+      InputError: the run that wrote it is unfinished, or blocks are missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    config = ModelConfig.from_dict(manifest["config"])
+    done = finished_blocks(folder)
+    if manifest["state"] != "complete" or done != config.num_layers:
+        raise InputError(
+            f"{folder}: only {done} of {config.num_layers} blocks are quantized; finish the run with --resume"
+        )
+    outer = jax.tree.map(jnp.asarray, load_outer(folder))
+    blocks = [load_block(folder, index)[0] for index in range(config.num_layers)]
+    if len({jax.tree.structure(block) for block in blocks}) > 1:
+        raise InputError(f"{folder}: blocks differ in grid or layout and cannot be stacked")
+    stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *blocks)
+    return {**outer, "blocks": stacked}, config
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of all parameter files below `folder`."""
+    files = [*folder.glob("outer/**/*"), *folder.glob("blocks/**/*")]
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def _block_folder(folder: Path, index: int) -> Path:
+    return folder / "blocks" / f"{index:03d}"
+
+
+def _is_qarray(leaf: Any) -> bool:
+    return isinstance(leaf, QArray)
+
+
+def _numpy(tree: Any) -> Any:
+    # numpy leaves keep orbax from storing (and later asking for) the sharding of this machine.
+    return jax.tree.map(np.asarray, tree)
+
+
+def _checkpointer() -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(
+            params=ocp.PyTreeCheckpointHandler(), record=ocp.JsonCheckpointHandler()
+        )
+    )
+
+
+def _save(path: Path, *, params: Any, record: Any = None) -> None:
+    import orbax.checkpoint as ocp
+
+    items: dict[str, Any] = {"params": ocp.args.PyTreeSave(params)}
+    if record is not None:
+        items["record"] = ocp.args.JsonSave(record)
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(path.absolute(), args=ocp.args.Composite(**items))
+    except Exception as error:
+        raise _disk_error(error, path) from error
+
+
+def _restore(path: Path) -> Any:
+    if not path.is_dir():
+        raise InputError(f"{path} is missing; finish the run with --resume, or quantize the model again")
+    try:
+        with _checkpointer() as checkpointer:
+            return checkpointer.restore(path.absolute())
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{path} cannot be read ({reason}); delete it and run again with --resume, or quantize again"
+        ) from error
+
+
+def _disk_error(error: Exception, path: Path) -> Exception:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in str(error) or "Disk quota exceeded" in str(error):
+        return InputError(
+            f"{path}: the disk is full; free some space and run the same command again with --resume "
+            "(whole blocks are kept)"
+        )
+    return error
+
+
+def check_new_folder(folder: Path) -> None:
+    """`UsageError` unless `folder` does not exist yet or is empty."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if is_checkpoint(folder):
+        raise UsageError(
+            f"{folder} holds a quantized model; give --resume to go on with it, or another --out"
+        )
+    if folder.exists():
+        raise UsageError(f"{folder} exists and is not empty; give another --out")

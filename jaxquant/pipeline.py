@@ -1,0 +1,357 @@
+"""model x recipe x tokens -> quantized model on disk, block by block, resumable at any moment."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.calibrate.moments import Moments, merge, observe
+from jaxquant.errors import InputError, NonFiniteError, UsageError
+from jaxquant.io import checkpoint
+from jaxquant.io.source import Source
+from jaxquant.methods import rtn
+from jaxquant.models.config import LINEARS, ModelConfig
+from jaxquant.models.decoder import block as block_forward
+from jaxquant.models.decoder import embed
+from jaxquant.quant import QArray
+from jaxquant.recipe import Recipe
+
+Event = dict[str, Any]
+
+# Tokens that go through a block at once: enough for full-speed products, little memory.
+_BATCH_TOKENS = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run will take, known before it starts.
+
+    Attributes:
+      peak_bytes: estimated peak of resident memory.
+      output_bytes: size of the packed model.
+      source_bytes: size of the same parameters in 16 bits.
+      seconds: estimated duration on this machine.
+      linears: number of matrices to quantize.
+      effective_bits: stored bits per quantized weight.
+    """
+
+    peak_bytes: int
+    output_bytes: int
+    source_bytes: int
+    seconds: float
+    linears: int
+    effective_bits: float
+
+
+def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> Plan:
+    """Checks that the grid fits every linear and estimates memory, size and time.
+
+    Raises:
+      UsageError: a group size does not divide the inputs of a linear (named).
+    """
+    shapes = {path: config.linear_shape(path) for path in checkpoint.PATHS}
+    for path, (rows, _) in shapes.items():
+        recipe.grid.groups(rows, where=f"blocks.*.{path}")
+    tokens, layers = samples * seqlen, config.num_layers
+    weights = sum(n * m for n, m in shapes.values())
+    packed = sum(recipe.grid.effective_bits(n) / 8 * n * m for n, m in shapes.values())
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    taps = [shapes[paths[0]][0] for _, paths in LINEARS]
+    hessians = 4 * sum(n * n for n in taps)
+    batch = min(tokens, _BATCH_TOKENS)
+    widest = max(taps)
+    solve = 4 * (4 * widest * widest + 6 * max(n * m for n, m in shapes.values()))
+    activations = 4 * (2 * tokens * config.hidden_size + batch * (6 * config.hidden_size + 3 * widest))
+    # 450 MB: the interpreter, JAX and its compiler.
+    peak = 450e6 + 4 * embeddings + 3 * 4 * weights + hessians + solve + activations
+
+    solves = sum(n * n * m * 4 + n**3 for n, m in shapes.values()) if recipe.method == "gptq" else 0
+    passes = (1 + len(LINEARS)) if recipe.true_sequential else 2
+    products = passes * 2 * tokens * weights + 2 * tokens * sum(n * n for n in taps)
+    # The solve is a chain of small steps and runs at about a tenth of the speed of large products.
+    seconds = layers * (products + 10 * solves) / _flops_per_second() + 20 + 0.3 * layers
+    return Plan(
+        peak_bytes=int(peak),
+        output_bytes=int(layers * packed + 2 * embeddings),
+        source_bytes=int(2 * (layers * weights + embeddings)),
+        seconds=seconds,
+        linears=layers * len(shapes),
+        effective_bits=8 * packed / weights,
+    )
+
+
+def quantize_model(
+    source: Source,
+    recipe: Recipe,
+    tokens: np.ndarray,
+    folder: Path,
+    *,
+    resume: bool = False,
+    describe: dict[str, Any] | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> dict[str, Any]:
+    """Quantizes `source` into `folder` and returns the summary that the manifest keeps.
+
+    Blocks are read, calibrated, quantized, saved and forgotten one after another; the inputs of a block come
+    from the quantized blocks before it. Every finished block is final: with `resume` the run continues after
+    the last one, and the result is bit-identical to that of an undisturbed run on the same machine.
+
+    Args:
+      source: the model.
+      recipe: what to do with each linear.
+      tokens: calibration windows, int32 `[samples, seqlen]`.
+      folder: where the quantized model goes; must not exist, or be empty, unless `resume`.
+      describe: facts about the calibration kept in the manifest (text, seed).
+      on_event: called with `{"event": "row" | "block" | "resume" | "done", ...}`.
+
+    Raises:
+      UsageError: the folder is in use, or `resume` meets a run of another model, recipe or calibration.
+      NonFiniteError: NaN or infinity in a weight or in the activations; names the linear.
+      InputError: the disk is full.
+    """
+    started = time.monotonic()
+    config = source.config
+    estimate = plan(config, recipe, samples=tokens.shape[0], seqlen=tokens.shape[1])
+    identity = {
+        "source": {"name": source.name, "fingerprint": source.fingerprint()},
+        "recipe": recipe.to_dict(),
+        "calibration": {
+            "tokens_sha256": hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest(),
+            "samples": int(tokens.shape[0]),
+            "seqlen": int(tokens.shape[1]),
+            **(describe or {}),
+        },
+    }
+    manifest = {**identity, "config": config.to_dict(), "versions": versions(), "state": "running"}
+    finished = _prepare(folder, source, manifest, estimate, resume)
+
+    outer = source.outer()
+    hidden = _embed_all(outer, config, tokens)
+    if not (folder / "outer").is_dir():
+        checkpoint.save_outer(folder, _storable(outer))
+    del outer
+    if finished:
+        on_event({"event": "resume", "block": finished, "blocks": config.num_layers})
+
+    rows: list[Event] = []
+    for index in range(config.num_layers):
+        if index < finished:
+            params, record = checkpoint.load_block(folder, index)
+            params = jax.tree.map(jnp.asarray, params)
+        else:
+            begun = time.monotonic()
+            params, record = _quantize_block(source, index, recipe, hidden, on_event)
+            record["seconds"] = time.monotonic() - begun
+            params = jax.tree.map(_storable, params, is_leaf=lambda leaf: isinstance(leaf, QArray))
+            checkpoint.save_block(folder, index, params, record)
+        rows.extend(record["rows"])
+        if index + 1 < config.num_layers:
+            for part in _batches(hidden):
+                hidden[part] = _propagate(params, config, hidden[part], sliding=config.slides(index))
+        on_event({"event": "block", "block": index, "blocks": config.num_layers})
+
+    packed = sum(row["bytes"] for row in rows)
+    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    summary = {
+        "effective_bits": 8 * packed / weights,
+        "quantized_bytes": packed,
+        "disk_bytes": checkpoint.disk_bytes(folder),
+        "source_bytes": estimate.source_bytes,
+        "mean_error": float(np.mean([row["error"] for row in rows])),
+        "mean_error_rtn": float(np.mean([row["error_rtn"] for row in rows])),
+        "seconds": time.monotonic() - started,
+        "seconds_of_blocks": sum(row["seconds"] for row in rows),
+    }
+    checkpoint.write_manifest(folder, {**manifest, "state": "complete", "summary": summary})
+    on_event({"event": "done", **summary})
+    return summary
+
+
+def read_rows(folder: Path) -> tuple[list[Event], list[Event]]:
+    """`(rows, histograms)` of all finished blocks of `folder`, in order."""
+    records = [checkpoint.load_block(folder, i)[1] for i in range(checkpoint.finished_blocks(folder))]
+    return [row for r in records for row in r["rows"]], [h for r in records for h in r["histograms"]]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    import platform
+    from importlib.metadata import version
+
+    packages = ("jaxquant", "jax", "jaxlib", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _prepare(folder: Path, source: Source, manifest: Event, estimate: Plan, resume: bool) -> int:
+    """Makes or checks the folder; returns the number of blocks that are already done."""
+    if resume and checkpoint.is_checkpoint(folder):
+        previous = checkpoint.read_manifest(folder)
+        for key, remedy in (
+            ("source", "give the model it was started with"),
+            ("recipe", "give the same recipe, bits, group size and flags"),
+            ("calibration", "give the same calibration text, samples, seqlen and seed"),
+        ):
+            if previous[key] != manifest[key]:
+                raise UsageError(
+                    f"{folder} was started with another {key}: {_difference(previous[key], manifest[key])}; "
+                    f"{remedy}, or another --out"
+                )
+        checkpoint.remove_partial(folder)
+    else:
+        checkpoint.check_new_folder(folder)
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if free < 1.1 * estimate.output_bytes:
+            raise InputError(
+                f"{folder}: the quantized model needs {estimate.output_bytes / 1e6:.0f} MB, "
+                f"the disk has {free / 1e6:.0f} MB free; free some space or give another --out"
+            )
+        (folder / "blocks").mkdir(parents=True, exist_ok=True)
+        checkpoint.write_manifest(folder, manifest)
+    if not (folder / "tokenizer.json").is_file():
+        source.tokenizer().save(str(folder / "tokenizer.json"))
+    return checkpoint.finished_blocks(folder)
+
+
+def _difference(old: Event, new: Event) -> str:
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys)
+
+
+def _embed_all(outer: dict[str, Any], config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+    """Activations before the first block, float32 `[samples, seqlen, d]` on the host."""
+    table = jnp.asarray(_storable(outer["embed"]))
+    rows = [np.asarray(embed({"embed": table}, config, jnp.asarray(tokens[part]))) for part in _batches(tokens)]
+    return np.concatenate(rows).astype(np.float32)
+
+
+def _batches(array: np.ndarray) -> Iterator[slice]:
+    """Equal slices of the samples with at most `_BATCH_TOKENS` tokens (equal, so that nothing recompiles)."""
+    samples, seqlen = array.shape[:2]
+    size = max(d for d in range(1, samples + 1) if samples % d == 0 and (d == 1 or d * seqlen <= _BATCH_TOKENS))
+    for start in range(0, samples, size):
+        yield slice(start, start + size)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sliding", "taps"))
+def _observe_block(
+    params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool, taps: tuple[str, ...]
+) -> dict[str, Moments]:
+    _, _, tapped = block_forward(params, config, x.astype(config.dtype), sliding=sliding, taps=True)
+    return {tap: observe(tapped[tap]) for tap in taps}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sliding"))
+def _propagate(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool) -> jax.Array:
+    y, _, _ = block_forward(params, config, x.astype(config.dtype), sliding=sliding)
+    return y.astype(jnp.float32)
+
+
+def _quantize_block(
+    source: Source, index: int, recipe: Recipe, hidden: np.ndarray, on_event: Callable[[Event], None]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One block's parameters with packed kernels, and the record (rows, histograms) that goes with them."""
+    config, sliding = source.config, source.config.slides(index)
+    params = jax.tree.map(jnp.asarray, source.block(index))
+    record: dict[str, Any] = {"rows": [], "histograms": []}
+    # One pass serves all taps; true-sequential order needs a pass after each quantized group of linears.
+    stages = [[group] for group in LINEARS] if recipe.true_sequential else [list(LINEARS)]
+    for stage in stages:
+        taps = tuple(tap for tap, _ in stage)
+        moments = None
+        for part in _batches(hidden):
+            seen = _observe_block(params, config, hidden[part], sliding=sliding, taps=taps)
+            moments = seen if moments is None else {tap: merge(moments[tap], seen[tap]) for tap in taps}
+        assert moments is not None
+        for tap, paths in stage:
+            for path in paths:
+                part, name = path.split(".")
+                kernel, row = _quantize_linear(params[part][name]["kernel"], moments[tap], recipe, index, path)
+                if index in (0, config.num_layers // 2, config.num_layers - 1) and path in ("attn.q", "mlp.down"):
+                    record["histograms"].append(_histogram(params[part][name]["kernel"], kernel, row["module"]))
+                params[part] = {**params[part], name: {**params[part][name], "kernel": kernel}}
+                record["rows"].append(row)
+                on_event({"event": "row", **row})
+    return params, record
+
+
+def _quantize_linear(
+    kernel: jax.Array, moments: Moments, recipe: Recipe, index: int, path: str
+) -> tuple[QArray, Event]:
+    begun = time.monotonic()
+    module = f"blocks.{index}.{path}"
+    rounded = recipe(kernel, moments)
+    stats = jax.tree.map(np.asarray, rounded.stats)
+    if not stats.finite:
+        which = "its weight" if not bool(jnp.all(jnp.isfinite(kernel))) else "the activations that enter it"
+        raise NonFiniteError(
+            f"{module}: NaN or infinity in {which}; check the model file, or run the model in float32"
+        )
+    packed = rounded.pack()
+    seconds = time.monotonic() - begun
+    if recipe.method == "rtn":
+        error_rtn = stats.error
+    else:
+        error_rtn = rtn(kernel, moments, recipe.grid).stats.error
+    row = {
+        "module": module,
+        "block": index,
+        "linear": path,
+        "shape": list(packed.shape),
+        "bits": recipe.grid.bits,
+        "group_size": recipe.grid.group_size,
+        "error_rtn": float(error_rtn),
+        "error": float(stats.error),
+        "damping": float(stats.damping),
+        "attempts": int(stats.attempts),
+        "fallback": bool(stats.fallback),
+        "dead": int(stats.dead),
+        "bytes": packed.nbytes,
+        "seconds": seconds,
+    }
+    return packed, row
+
+
+def _histogram(kernel: jax.Array, packed: QArray, module: str) -> Event:
+    """Distribution of the original weights in units of the grid: level k of a group lies at k."""
+    grid, scale, zero = packed.grid, packed.scale.astype(jnp.float32), packed.zero
+    w = kernel.astype(jnp.float32)
+    w = w if packed.order is None else w[packed.order]
+    w = w.reshape(scale.shape[0], -1, scale.shape[1])
+    shift = grid.constant_zero if zero is None else zero.astype(jnp.float32)[:, None, :]
+    top = 2**grid.bits - 1
+    edges = np.linspace(-1.5, top + 1.5, 16 * min(top + 3, 16) + 1)
+    units = np.clip(np.asarray(w / scale[:, None, :] + shift).ravel(), edges[0], edges[-1])
+    counts, _ = np.histogram(units, edges)
+    return {"module": module, "edges": edges.tolist(), "counts": counts.tolist(), "levels": list(range(top + 1))}
+
+
+def _storable(tree: Any) -> Any:
+    """Unquantized matrices in 16 bits (bfloat16 if they come so, else float16); vectors and QArrays as they are."""
+
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, QArray) or leaf.ndim < 2 or leaf.dtype == jnp.bfloat16:
+            return leaf
+        return leaf.astype(jnp.float16)
+
+    return jax.tree.map(cast, tree, is_leaf=lambda leaf: isinstance(leaf, QArray))
+
+
+def _flops_per_second() -> float:
+    """Speed of a large float32 product, measured once."""
+    a = jnp.ones((1024, 1024), jnp.float32)
+    (a @ a).block_until_ready()
+    begun = time.perf_counter()
+    for _ in range(4):
+        (a @ a).block_until_ready()
+    return 4 * 2 * 1024**3 / (time.perf_counter() - begun)
