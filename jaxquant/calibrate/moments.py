@@ -57,7 +57,7 @@ def observe(x: Float[Array, "*tokens n"], *, mask: Bool[Array, "*tokens"] | None
         x = jnp.where(kept[:, None], x, 0)
         count = jnp.sum(kept, dtype=jnp.int32)
     second = jnp.matmul(x.T, x, precision="highest")
-    return Moments(second=second, count=count, max_abs=jnp.max(jnp.abs(x), axis=0))
+    return Moments(second=second, count=count, max_abs=jnp.max(jnp.abs(x), axis=0, initial=0))
 
 
 def merge(a: Moments, b: Moments) -> Moments:

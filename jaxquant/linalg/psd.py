@@ -21,7 +21,7 @@ class InverseFactor:
       damping: what was added to the diagonal, in units of `mean(diag H)`.
       attempts: factorizations tried; 1 is the normal case.
       fallback: every rung of the ladder failed, `upper` is the factor of `diag(H)` alone.
-      finite: `H` held neither NaN nor infinity. Where it is false, `upper` is the identity.
+      finite: `H` held neither NaN nor infinity. Where it is false, `upper` is a multiple of the identity.
     """
 
     upper: Float[Array, "n n"]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.calibrate.moments import Moments
+from jaxquant.errors import UsageError
 from jaxquant.linalg import damped_inverse_factor
 from jaxquant.methods.rounded import Rounded, Stats, layer_error
-from jaxquant.quant import Grid
+from jaxquant.quant import Grid, working_dtype
 
 Groups = Literal["static", "dynamic"]
 
@@ -39,9 +40,9 @@ def gptq(
     receives the errors of all earlier blocks in one product, then those of its own block. The block size does
     not change the result beyond rounding.
 
-    Order of operations: inputs that were always 0 get weight 0 and `H_dd = 1`; static grids are fitted to the
-    original order; `act_order` sorts inputs by descending `H_dd` (stable); damping; factor; loop; the inverse
-    permutation.
+    Order of operations: inputs that were always 0 get weight 0 and the mean `H_dd` of the rest, which
+    leaves the damping alone; static grids are fitted to the original order; `act_order` sorts inputs by descending
+    `H_dd` (stable); damping; factor; loop; the inverse permutation.
 
     Args:
       weight: `[in, out]`, any float dtype; computed in float32, or in float64 where it or the moments are.
@@ -59,17 +60,21 @@ def gptq(
       then meaningless.
 
     Raises:
-      UsageError: the group size does not divide `in`.
+      UsageError: the group size does not divide `in`, or `groups` is neither word.
     """
-    dtype = jnp.promote_types(jnp.float32, jnp.promote_types(weight.dtype, moments.second.dtype))
+    if groups not in get_args(Groups):
+        raise UsageError(f"unknown groups {groups!r}; use {' or '.join(get_args(Groups))}")
+    dtype = working_dtype(weight.dtype, moments.second.dtype)
     w, h = weight.astype(dtype), moments.second.astype(dtype)
     rows, columns = w.shape
     group_rows = rows // grid.groups(rows)
-    dynamic = groups == "dynamic"
+    # One group a column is fitted before any update either way, and static groups have the faster loop.
+    dynamic = groups == "dynamic" and group_rows < rows
 
     dead = jnp.diagonal(h) == 0
     original, w = w, jnp.where(dead[:, None], 0, w)
-    h = h + jnp.diag(dead.astype(dtype) * jnp.where(dead.all(), 1, jnp.trace(h) / rows))
+    mean = jnp.trace(h) / jnp.maximum(jnp.sum(~dead), 1).astype(dtype)
+    h = h + jnp.diag(jnp.where(dead, jnp.where(jnp.all(dead), 1, mean), 0))
     scale, zero = grid.fit(w)
 
     order = jnp.argsort(-jnp.diagonal(h), stable=True) if act_order else jnp.arange(rows)

@@ -65,11 +65,11 @@ def layer_error(
 ) -> Float[Array, "*stack"]:
     """`tr(D^T H D) / tr(W^T H W)` with `D = rounded - weight`: the share of output energy that is lost.
 
-    `second` is H or any positive multiple of it. 0 where the inputs were all 0.
+    `second` is H or any positive multiple of it. 0 where the inputs or the weight were all 0, NaN for NaN.
     """
 
     def energy(a: Array) -> Array:
         return jnp.sum(a * jnp.matmul(second, a, precision="highest"), axis=(-2, -1))
 
     total = energy(weight)
-    return jnp.where(total > 0, energy(rounded - weight) / jnp.where(total > 0, total, 1), 0)
+    return jnp.where(total == 0, 0, energy(rounded - weight) / jnp.where(total == 0, 1, total))

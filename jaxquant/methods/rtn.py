@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.calibrate.moments import Moments
 from jaxquant.methods.rounded import Rounded, Stats, layer_error
-from jaxquant.quant import Grid
+from jaxquant.quant import Grid, working_dtype
 
 
 @functools.partial(jax.jit, static_argnames="grid")
@@ -20,20 +20,20 @@ def rtn(weight: Float[Array, "in out"], moments: Moments, grid: Grid) -> Rounded
     The moments enter the reported error only.
 
     Args:
-      weight: `[in, out]`, any float dtype; computed in float32.
+      weight: `[in, out]`, any float dtype. Computed in float32, or in float64 where weight or moments are.
       moments: of the layer's inputs.
       grid: static.
 
     Raises:
       UsageError: the group size does not divide `in`.
     """
-    w = weight.astype(jnp.float32)
+    dtype = working_dtype(weight.dtype, moments.second.dtype)
+    w, second = weight.astype(dtype), moments.second.astype(dtype)
     scale, zero = grid.fit(w)
     codes = grid.quantize(w, scale, zero)
-    second = moments.second
     stats = Stats(
-        error=layer_error(grid.dequantize(codes, scale, zero), w, second),
-        damping=jnp.zeros((), jnp.float32),
+        error=layer_error(grid.dequantize(codes, scale, zero, dtype), w, second),
+        damping=jnp.zeros((), dtype),
         attempts=jnp.zeros((), jnp.int32),
         fallback=jnp.asarray(False),
         dead=jnp.sum(jnp.diagonal(second) == 0, dtype=jnp.int32),

@@ -1,7 +1,7 @@
 """What a quantized array is: `Grid` (how), `QArray` (what), `packing` (bits)."""
 
-from jaxquant.quant.grid import Grid
+from jaxquant.quant.grid import Grid, working_dtype
 from jaxquant.quant.packing import pack, packed_rows, unpack
 from jaxquant.quant.qarray import QArray, quantize
 
-__all__ = ["Grid", "QArray", "pack", "packed_rows", "quantize", "unpack"]
+__all__ = ["Grid", "QArray", "pack", "packed_rows", "quantize", "unpack", "working_dtype"]

@@ -108,11 +108,8 @@ class Grid:
           UsageError: `in` is not divisible by `group_size`.
         """
         g = self._grouped(_real(w))
-        # The range of an asymmetric grid includes 0; an all-zero group gets [-1, 1] so that no scale is 0.
-        lo = jnp.minimum(jnp.min(g, axis=-2), 0)
+        lo = jnp.minimum(jnp.min(g, axis=-2), 0)  # the range of an asymmetric grid includes 0
         hi = jnp.maximum(jnp.max(g, axis=-2), 0)
-        empty = (lo == 0) & (hi == 0)
-        lo, hi = jnp.where(empty, -1, lo), jnp.where(empty, 1, hi)
         if self.clip == "minmax":
             scale, zero = self._from_range(lo, hi)
         else:
@@ -139,11 +136,12 @@ class Grid:
         zero: Float[Array, "*stack groups out"] | None,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> Float[Array, "*stack in out"]:
-        """`scale * (code - zero)` in `dtype`."""
-        shift = self._zero(zero, dtype)
+        """`scale * (code - zero)`, computed in float32 or wider and rounded to `dtype` once."""
+        wide = working_dtype(dtype)
+        shift = self._zero(zero, wide)
         shift = shift if shift.ndim == 0 else shift[..., None, :]
-        values = (self._grouped(codes).astype(dtype) - shift) * scale.astype(dtype)[..., None, :]
-        return values.reshape(codes.shape)
+        values = (self._grouped(codes).astype(wide) - shift) * scale.astype(wide)[..., None, :]
+        return values.astype(dtype).reshape(codes.shape)
 
     def fake_quantize(self, w: Float[Array, "*stack in out"]) -> Float[Array, "*stack in out"]:
         """`w` rounded to the grid fitted to it, in the dtype of `w`."""
@@ -163,9 +161,12 @@ class Grid:
         return jnp.clip(jnp.round(w / scale + (zero - whole)) + whole, 0, 2**self.bits - 1)
 
     def _stored(self, scale: Array) -> Array:
-        """The scale as it will be stored: rounded to `scale_dtype`, kept off 0, subnormals and infinity."""
+        """The scale as it will be stored: rounded to `scale_dtype`, kept off 0 and infinity."""
         info = jnp.finfo(self.scale_dtype)
-        tiny, largest = jnp.asarray(info.tiny, scale.dtype), jnp.asarray(info.max, scale.dtype)
+        # At 8 bits max|w| < 0.008 already asks for a subnormal float16. Those are normal in float32, where all
+        # arithmetic happens; the subnormals of float32 are flushed to 0 by most backends.
+        smallest = info.smallest_subnormal if self.scale_dtype == "float16" else info.tiny
+        tiny, largest = jnp.asarray(smallest, scale.dtype), jnp.asarray(info.max, scale.dtype)
         magnitude = jnp.clip(jnp.abs(scale), tiny, largest).astype(self.scale_dtype).astype(scale.dtype)
         return jnp.where(scale < 0, -magnitude, magnitude)
 
@@ -208,6 +209,10 @@ class Grid:
         return scale, None if zero is None else best_zero
 
 
+def working_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """float64 where one of `dtypes` is, else float32: halves cannot hold the search's small differences."""
+    return jnp.dtype(jnp.float64 if any(jnp.dtype(d) == jnp.float64 for d in dtypes) else jnp.float32)
+
+
 def _real(w: Array) -> Array:
-    """float64 as it is, anything else as float32: half precision cannot hold small differences."""
-    return w if w.dtype == jnp.float64 else w.astype(jnp.float32)
+    return w.astype(working_dtype(w.dtype))

@@ -107,6 +107,8 @@ class QArray:
                 f"x @ QArray needs one matrix, not a stack of {self.scale.shape[:-2]}; use jax.vmap"
             )
         x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x @ QArray: x is {x.dtype}; convert it to a float dtype")
         if x.shape[-1] != self.shape[0]:
             raise ValueError(f"x @ QArray: x has {x.shape[-1]} features, the weight {self.shape[0]} inputs")
         if self.order is not None:
