@@ -12,9 +12,9 @@ import numpy as np
 from jaxquant.errors import InputError
 from jaxquant.io import tokenizer as gguf_tokenizer
 from jaxquant.io.gguf_file import GGUFFile
-from jaxquant.io.layout import fingerprint, read_tree
+from jaxquant.io.layout import fingerprint, read_config, read_tree
 from jaxquant.models.config import ModelConfig
-from jaxquant.models.families import block_names, from_hf, outer_names
+from jaxquant.models.families import block_names, outer_names
 
 if TYPE_CHECKING:
     import tokenizers
@@ -98,10 +98,14 @@ def _tensor_name(table: dict[str, str], path: str) -> str:
 def _config(file: GGUFFile) -> ModelConfig:
     """Metadata as the fields of a Hugging Face config, read by `from_hf`, then what only GGUF knows."""
     meta, place = file.metadata, file.path
-    architecture = meta.get("general.architecture")
+    architecture = str(meta.get("general.architecture"))
     if architecture not in _ARCHITECTURES:
         raise InputError(
             f"{place}: architecture {architecture!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
+        )
+    if meta.get("split.count", 1) > 1:
+        raise InputError(
+            f"{place}: one of {meta['split.count']} parts of a model; merge them into one file first"
         )
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
@@ -109,27 +113,31 @@ def _config(file: GGUFFile) -> ModelConfig:
             f"{place}: tensor token_embd.weight is missing; the file is no complete language model"
         )
 
-    def get(key: str, default: Any = None, *, required: bool = False) -> Any:
-        value = meta.get(f"{architecture}.{key}", default)
-        if value is None and required:
-            raise InputError(f"{place}: metadata {architecture}.{key} is missing; convert the model again")
+    def get(key: str, default: Any = None) -> Any:
+        return meta.get(f"{architecture}.{key}", default)
+
+    def number(key: str, default: Any = None) -> Any:
+        value = get(key, default)
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise InputError(
+                f"{place}: metadata {architecture}.{key} is {value!r}, but one positive number is required; "
+                "the file is damaged or describes a model with unequal layers"
+            )
         return value
 
-    heads = get("attention.head_count", required=True)
-    if isinstance(heads, list):
-        raise InputError(f"{place}: the number of heads differs between layers, which is not supported")
-    hidden, layers = get("embedding_length", required=True), get("block_count", required=True)
+    heads, hidden, layers = number("attention.head_count"), number("embedding_length"), number("block_count")
+    head_dim = number("attention.key_length", get("rope.dimension_count", hidden // heads))
     raw = {
         "model_type": _ARCHITECTURES[architecture],
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": get("feed_forward_length", required=True),
+        "intermediate_size": number("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length") or get("rope.dimension_count") or hidden // heads,
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon", required=True),
-        "max_position_embeddings": get("context_length", required=True),
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": number("context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "num_experts": get("expert_count"),
@@ -138,12 +146,12 @@ def _config(file: GGUFFile) -> ModelConfig:
         **_rope_fields(file, get),
     }
     if architecture == "gemma3":
-        raw |= _gemma_fields(get, heads=heads, hidden=hidden, layers=layers, head_dim=raw["head_dim"])
-    if get("rope.dimension_count", raw["head_dim"]) != raw["head_dim"]:
+        raw |= _gemma_fields(get, heads=heads, hidden=hidden, layers=layers, head_dim=head_dim)
+    if get("rope.dimension_count", head_dim) != head_dim:
         raise InputError(
             f"{place}: only part of each head is rotated (rope.dimension_count), which is not supported"
         )
-    config = from_hf(raw)
+    config = read_config(raw, place=str(place))
     # HF's `attention_bias` is all or nothing; the tensors say which linears have one.
     present = {part: f"blk.0.{tensor}.bias" in file.tensors for part, tensor in _BLOCK.items()}
     ends = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -184,13 +192,14 @@ def _rope_fields(file: GGUFFile, get: Any) -> dict[str, Any]:
         fields["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
         attention = get("rope.scaling.yarn_attn_factor") or get("rope.scaling.attn_factor") or 1.0
+        scaled = None if attention == 1.0 else attention * (1.0 + 0.1 * math.log(factor))
         fields["rope_scaling"] = {
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": original,
             "beta_fast": get("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": get("rope.scaling.yarn_beta_slow", 1.0),
-            "attention_factor": attention * (1.0 + 0.1 * math.log(factor)),
+            "attention_factor": scaled,
         }
     elif kind != "none":
         raise InputError(
@@ -214,7 +223,7 @@ def _llama3_scaling(file: GGUFFile, theta: float, original: int | None) -> dict[
         return None
     factor = float(divisors.max())
     turns = theta ** (-np.arange(half) / half) / (2 * np.pi)
-    for context in [original] if original else [2**power for power in range(5, 21)]:
+    for context in [original] if original else [2**power for power in range(3, 21)]:
         smooth = np.clip((context * turns - 1.0) / 3.0, 0.0, 1.0)
         if np.allclose(1.0 / ((1.0 - smooth) / factor + smooth), divisors, rtol=1e-4):
             return {

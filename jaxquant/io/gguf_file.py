@@ -162,7 +162,9 @@ class _Header:
         return [self.value(element, name) for _ in range(count)]
 
     def scalar(self, layout: str) -> Any:
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+        value = struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+        # The shortest decimal of a float32: 1e-05 as converted from JSON, not 9.999999747378752e-06.
+        return float(str(np.float32(value))) if layout == "<f" else value
 
     def string(self) -> str:
         try:

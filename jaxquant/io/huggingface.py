@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxquant.errors import InputError
-from jaxquant.io.layout import fingerprint, read_tree
+from jaxquant.io.layout import fingerprint, read_config, read_tree
 from jaxquant.models.config import ModelConfig
-from jaxquant.models.families import block_names, from_hf, outer_names
+from jaxquant.models.families import block_names, outer_names
 
 if TYPE_CHECKING:
     import tokenizers
@@ -40,7 +40,7 @@ class HuggingFaceSource:
                 f"{path}: no config.json; a model directory holds config.json, safetensors and tokenizer.json"
             )
         self._files = _locate(path)
-        config = from_hf(_read_json(path / "config.json"))
+        config = read_config(_read_json(path / "config.json"), place=str(path / "config.json"))
         self._prefix = next((p for p in _PREFIXES if f"{p}embed_tokens.weight" in self._files), _PREFIXES[0])
         self.config = _complete(config, path, self._files)
         self.chat_template = _chat_template(path)
@@ -104,11 +104,6 @@ class HuggingFaceSource:
                 raise InputError(
                     f"{self._files[name]}: tensor {name} has shape {value.shape}, but config.json implies "
                     f"{shape}; the two do not belong together"
-                )
-            if value.dtype.name not in ("float32", "float16", "bfloat16"):
-                raise InputError(
-                    f"{self._files[name]}: tensor {name} is {value.dtype.name}; weights must be float32, "
-                    "float16 or bfloat16 (an already quantized model cannot be read)"
                 )
             return value
 
@@ -189,11 +184,17 @@ def _tensors(path: Path, names: list[str]) -> dict[str, np.ndarray]:
 
     try:
         with safe_open(path, framework="numpy") as file:
+            for name in names:
+                kind = file.get_slice(name).get_dtype()
+                if kind not in ("F32", "F16", "BF16"):
+                    raise InputError(
+                        f"{path}: tensor {name} is {kind}; weights must be F32, F16 or BF16 "
+                        "(an already quantized model cannot be read)"
+                    )
             return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path}: cannot read {names[0]} and its neighbours ({error}); {_REFETCH}"
-        ) from error
+    except (SafetensorError, OSError) as error:
+        message = f"{path}: cannot read {names[0]} and its neighbours ({error}); {_REFETCH}"
+        raise InputError(message) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

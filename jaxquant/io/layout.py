@@ -10,9 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.errors import InputError
 from jaxquant.models.config import ModelConfig
+from jaxquant.models.families import from_hf
 
 _EDGE = 1 << 20
+
+
+def read_config(raw: dict[str, Any], *, place: str) -> ModelConfig:
+    """`from_hf(raw)`, whose complaints name the file at `place`."""
+    try:
+        return from_hf(raw)
+    except InputError as error:
+        raise InputError(f"{place}: {str(error).removeprefix('config.json: ')}") from None
 
 
 def leaf_shape(config: ModelConfig, path: str) -> tuple[int, ...]:
