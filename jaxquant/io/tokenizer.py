@@ -135,6 +135,8 @@ def _sentencepiece(
     unknown = metadata.get(
         "tokenizer.ggml.unknown_token_id", types.index(_UNKNOWN) if _UNKNOWN in types else None
     )
+    if unknown is not None and unknown >= len(tokens):
+        raise InputError(f"{place}: unknown_token_id is {unknown}, but there are {len(tokens)} tokens")
     model = models.BPE(
         vocabulary,
         _merges(vocabulary, types, scores),
