@@ -1,0 +1,190 @@
+"""The pictures of the report as inline SVG: strings that need no file, follow the page's colours and scale.
+
+Colours come from CSS (`.c0` .. `.c6`, one per linear in the order of `COLOURS`), so the page decides how they
+look on dark and on light ground. Every picture carries its description as `aria-label`.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+#: Linear -> colours of the Okabe-Ito palette on light and on dark ground, told apart by colour-blind readers;
+#: its yellow, invisible on white, is replaced by grey.
+COLOURS: dict[str, tuple[str, str]] = {
+    "attn.q": ("#0072b2", "#4aa8e0"),
+    "attn.k": ("#56b4e9", "#9ad4f5"),
+    "attn.v": ("#009e73", "#2fc79b"),
+    "attn.o": ("#e69f00", "#f2b632"),
+    "mlp.gate": ("#d55e00", "#f0803c"),
+    "mlp.up": ("#cc79a7", "#e39cc3"),
+    "mlp.down": ("#5c5c5c", "#bdbdbd"),
+}
+
+_WIDTH, _HEIGHT = 320, 190
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 26, 30
+
+
+def colour_class(linear: str) -> str:
+    """CSS class of the colour of `linear`, the same in every table and picture."""
+    names = list(COLOURS)
+    return f"c{names.index(linear)}" if linear in COLOURS else "c6"
+
+
+def error_panels(rows: Sequence[dict[str, Any]], method: str) -> list[str]:
+    """One panel per linear: error over blocks on a common log scale, RTN thin, the method thick."""
+    values = [row[key] for row in rows for key in ("error_rtn", "error")]
+    low, high = _log_range([value for value in values if _drawable(value)])
+    last = max((row["block"] for row in rows), default=0)
+    linears = list(dict.fromkeys(row["linear"] for row in rows))
+    return [
+        _error_panel([row for row in rows if row["linear"] == linear], linear, method, low, high, last)
+        for linear in linears
+    ]
+
+
+def histogram_panel(histogram: dict[str, Any]) -> str:
+    """Weights of one linear as an area, the levels of its grid as lines.
+
+    Args:
+      histogram: `module`, `edges` (n + 1, ascending), `counts` (n), `levels`.
+    """
+    module, edges, counts = histogram["module"], histogram["edges"], histogram["counts"]
+    levels = [level for level in histogram["levels"] if edges[0] <= level <= edges[-1]]
+    span = (edges[-1] - edges[0]) or 1.0
+    peak = max(max(counts, default=0), 1)
+
+    def x(value: float) -> float:
+        return _LEFT + (value - edges[0]) / span * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(count: float) -> float:
+        return _HEIGHT - _BOTTOM - count / peak * (_HEIGHT - _TOP - _BOTTOM)
+
+    steps = [f"M{x(edges[0]):.1f},{y(0):.1f}"]
+    for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        steps.append(f"L{x(left):.1f},{y(count):.1f}L{x(right):.1f},{y(count):.1f}")
+    steps.append(f"L{x(edges[-1]):.1f},{y(0):.1f}Z")
+    # More lines than this run into one another.
+    drawn = levels if len(levels) <= 64 else [levels[0], levels[-1]]
+    parts = [f'<path class="grid-level" d="M{x(level):.1f},{y(0) + 4:.1f}V{_TOP}"/>' for level in drawn]
+    linear = module.split(".", 2)[-1]
+    parts.append(f'<path class="area {colour_class(linear)}" d="{"".join(steps)}"/>')
+    parts.append(_baseline())
+    if levels:
+        labelled = levels if len(levels) <= 8 else [levels[0], levels[len(levels) // 2], levels[-1]]
+        parts += [_text(x(level), _HEIGHT - 12, f"{level:.3g}", "middle") for level in labelled]
+    parts += [
+        _text(_LEFT - 6, y(0) + 4, "0", "end"),
+        _text(_LEFT - 6, _TOP + 4, _short_count(peak), "end"),
+    ]
+    description = f"Histogram of the weights of {module} with the {len(levels)} levels of its grid"
+    return _svg(description, [_title(module), *parts])
+
+
+def size_bars(before: int, after: int) -> str:
+    """Two bars, size before and after."""
+    height, width = 78, 360
+    largest = max(before, after, 1)
+    parts = []
+    for top, label, size, style in ((6, "before", before, "bar-before"), (44, "after", after, "bar-after")):
+        length = max(size / largest * (width - 125), 2)
+        parts += [
+            _text(44, top + 18, label, "end", style="label"),
+            f'<rect class="{style}" x="52" y="{top}" width="{length:.1f}" height="28" rx="3"/>',
+            _text(59 + length, top + 18, human_bytes(size), "start", style="label"),
+        ]
+    description = f"Size before {human_bytes(before)}, after {human_bytes(after)}"
+    return _svg(description, parts, width=width, height=height)
+
+
+def human_bytes(size: float) -> str:
+    """`size` with a decimal unit: `94.3 MB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}" if size < 1000 * scale else f"{size / scale:,.0f} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def _error_panel(
+    rows: list[dict[str, Any]], linear: str, method: str, low: float, high: float, last: int
+) -> str:
+    def x(block: float) -> float:
+        share = block / last if last else 0.5
+        return _LEFT + 8 + share * (_WIDTH - _LEFT - _RIGHT - 16)
+
+    def y(value: float) -> float:
+        share = (math.log10(value) - low) / (high - low)
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [_title(linear)]
+    for tick in _log_ticks(low, high):
+        parts.append(f'<path class="rule" d="M{_LEFT},{y(tick):.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(_text(_LEFT - 6, y(tick) + 4, f"{tick:.0e}" if tick < 1e-3 else f"{tick:g}", "end"))
+    parts.append(_baseline())
+    parts += [_text(x(block), _HEIGHT - 12, str(block), "middle") for block in _block_ticks(last)]
+    colour = colour_class(linear)
+    for key, name, style in (("error_rtn", "RTN", "rtn"), ("error", method, "method")):
+        points = [(row["block"], row[key]) for row in rows if _drawable(row[key])]
+        if len(points) > 1:
+            line = "L".join(f"{x(block):.1f},{y(value):.1f}" for block, value in points)
+            parts.append(f'<path class="line {style} {colour}" d="M{line}"/>')
+        radius = (2.0 if style == "rtn" else 3.0) if last < 16 else (1.2 if style == "rtn" else 2.0)
+        parts += [
+            f'<circle class="dot {style} {colour}" cx="{x(block):.1f}" cy="{y(value):.1f}" r="{radius}">'
+            f"<title>block {block}, {html.escape(name)}: {value:.3g}</title></circle>"
+            for block, value in points
+        ]
+    return _svg(f"Error of {linear} over {last + 1} blocks, RTN and {method}, logarithmic scale", parts)
+
+
+def _drawable(value: float | None) -> bool:
+    """A log scale has no place for 0, and a report must not fail on NaN."""
+    return value is not None and math.isfinite(value) and value > 0
+
+
+def _log_range(values: list[float]) -> tuple[float, float]:
+    """Exponents that enclose `values`, at least half a decade apart."""
+    if not values:
+        return -3.0, 0.0
+    low, high = math.log10(min(values)), math.log10(max(values))
+    margin = max(0.25 - (high - low) / 2, 0.05 * (high - low))
+    return low - margin, high + margin
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Decades if there are enough of them, else 1, 2, 5 times decades."""
+    steps = (1,) if high - low >= 2 else (1, 2, 5)
+    exponents = range(math.floor(low), math.ceil(high) + 1)
+    ticks = [step * 10.0**exponent for exponent in exponents for step in steps]
+    return [tick for tick in ticks if low <= math.log10(tick) <= high]
+
+
+def _block_ticks(last: int) -> list[int]:
+    step = max(1, round(last / 5))
+    return [block for block in range(0, last + 1, step) if last - block >= step / 2] + [last]
+
+
+def _short_count(count: float) -> str:
+    return f"{count / 1000:.3g}k" if count >= 1000 else f"{count:.0f}"
+
+
+def _baseline() -> str:
+    return f'<path class="axis" d="M{_LEFT},{_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>'
+
+
+def _title(text: str) -> str:
+    return _text(_LEFT, 15, text, "start", style="panel-title")
+
+
+def _text(x: float, y: float, text: str, anchor: str, *, style: str = "tick") -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
+
+
+def _svg(description: str, parts: list[str], *, width: int = _WIDTH, height: int = _HEIGHT) -> str:
+    label = html.escape(description, quote=True)
+    return (
+        f'<svg role="img" aria-label="{label}" viewBox="0 0 {width} {height}">'
+        f"<title>{label}</title>{''.join(parts)}</svg>"
+    )

@@ -1,0 +1,238 @@
+"""`report.html`: one file that tells what was done to a model and how well it went."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jaxquant.report import figures
+
+_COLUMNS = (
+    "module", "shape", "bits", "group", "RTN error", "error", "ratio", "damping", "attempts", "seconds",
+)  # fmt: skip
+
+# (option, value) of a recipe or its grid, in words; what is not here is shown as `option value`.
+_WORDS: dict[tuple[str, Any], str] = {
+    ("clip", "mse"): "clip searched for the least squared error",
+    ("clip", "minmax"): "no clip search (min-max range)",
+    ("symmetric", True): "symmetric grid",
+    ("symmetric", False): "asymmetric grid",
+    ("act_order", True): "inputs ordered by activation energy (act-order)",
+    ("act_order", False): "inputs in their natural order",
+    ("groups", "static"): "static groups",
+    ("groups", "dynamic"): "dynamic groups",
+    ("true_sequential", True): "true-sequential inside a block",
+    ("true_sequential", False): "all linears of a block calibrated together",
+    ("group_size", None): "one group per column",
+}
+_TEMPLATES = {
+    "percdamp": "damping {:g} of the mean diagonal",
+    "bits": "{} bits",
+    "group_size": "groups of {}",
+    "convention": "{} range",
+    "scale_dtype": "scales in {}",
+}
+
+
+def write_report(
+    folder: str | Path,
+    run: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    *,
+    histograms: Iterable[dict[str, Any]] = (),
+) -> Path:
+    """Writes `report.html` into `folder`: self-contained, for phones, light and dark.
+
+    Args:
+      folder: an existing folder; an older report in it is replaced.
+      run: `model`, `recipe` (dict), `recipe_name`, `grid` (in words), `effective_bits`, `bytes_before`,
+        `bytes_after`, `calibration`, `samples`, `seqlen`, `tokens`, `seed`, `seconds`, `versions` (dict), and
+        optionally `evaluation`: any of `perplexity_before`, `perplexity_after`, `kl`, `kl_stderr`, `top1`,
+        `text`, `tokens`.
+      rows: one dict per linear: `module`, `block`, `linear`, `shape` `[in, out]`, `bits`, `group_size`,
+        `error_rtn`, `error` (shares of the output energy that are lost), `damping`, `attempts`, `fallback`,
+        `seconds`.
+      histograms: `{"module", "edges" [n + 1], "counts" [n], "levels"}` for the linears to be shown.
+
+    Returns:
+      The path of the file.
+    """
+    title = f"{run['model']}, {run['recipe_name']}"
+    sections = [
+        _headline(run, rows),
+        _section("How it was made", _facts(run, rows)),
+        _section("Size", figures.size_bars(run["bytes_before"], run["bytes_after"])),
+        _errors(run, rows),
+        _histograms(list(histograms)),
+        _section("Every linear", _table(rows)),
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{html.escape(title)}</title>\n<style>\n{_style()}</style></head>\n"
+        f"<body><main>\n{''.join(sections)}</main></body></html>\n"
+    )
+    path = Path(folder) / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _style() -> str:
+    css = (resources.files("jaxquant.report") / "style.css").read_text(encoding="utf-8")
+    light = "".join(f".c{i}{{--c:{pair[0]}}}" for i, pair in enumerate(figures.COLOURS.values()))
+    dark = "".join(f".c{i}{{--c:{pair[1]}}}" for i, pair in enumerate(figures.COLOURS.values()))
+    return f"{css}{light}\n@media (prefers-color-scheme: dark){{{dark}}}\n"
+
+
+def _section(heading: str, content: str, note: str = "") -> str:
+    note = f'<p class="note">{html.escape(note)}</p>' if note else ""
+    return f"<section><h2>{html.escape(heading)}</h2>{note}{content}</section>\n"
+
+
+def _headline(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    before, after = run["bytes_before"], run["bytes_after"]
+    summary = f"{run['recipe_name']}, {run['grid']}"
+    sizes = f"{figures.human_bytes(before)} \u2192 {figures.human_bytes(after)}"
+    cards = [
+        (f"{run['effective_bits']:.2f}", "bits per quantized weight, scales included"),
+        (f"{before / max(after, 1):.2f}\u00d7", f"smaller: {sizes}"),
+    ]
+    ratio = _mean_ratio(rows)
+    if ratio is not None:
+        cards.append((f"{ratio:.2f}\u00d7", "error relative to rounding to nearest (geometric mean)"))
+    cards += _evaluation_cards(run.get("evaluation") or {})
+    cards.append((_duration(run["seconds"]), "to quantize"))
+    body = "".join(
+        f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
+        for value, label in cards
+    )
+    return (
+        f"<header><h1>{html.escape(run['model'])}</h1>"
+        f'<p class="lead">{html.escape(summary)}</p></header>\n'
+        f'<div class="cards">{body}</div>\n'
+    )
+
+
+def _evaluation_cards(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    cards = []
+    if evaluation.get("perplexity_after") is not None:
+        before = evaluation.get("perplexity_before")
+        original = "" if before is None else f" (original {before:.3f})"
+        cards.append((f"{evaluation['perplexity_after']:.3f}", f"perplexity{_on(evaluation)}{original}"))
+    if evaluation.get("kl") is not None:
+        spread = evaluation.get("kl_stderr")
+        error = "" if spread is None else f" \u00b1 {spread:.4f}"
+        cards.append((f"{evaluation['kl']:.4f}", f"nats{error} of divergence from the original"))
+    if evaluation.get("top1") is not None:
+        cards.append((f"{100 * evaluation['top1']:.1f} %", "same most likely token as the original"))
+    return cards
+
+
+def _on(evaluation: dict[str, Any]) -> str:
+    text = f" on {evaluation['text']}" if evaluation.get("text") else ""
+    return text + (f", {evaluation['tokens']:,} tokens" if evaluation.get("tokens") else "")
+
+
+def _facts(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    samples = f"{run['samples']} windows of {run['seqlen']}"
+    facts = [
+        ("Grid", str(run["grid"])),
+        ("Recipe", f"{run['recipe_name']}: {', '.join(_words(run['recipe']))}"),
+        ("Calibration", f"{run['calibration']}: {run['tokens']:,} tokens, {samples}"),
+        ("Seed", str(run["seed"])),
+        ("Linears", f"{len(rows)}{_incidents(rows)}"),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())),
+    ]
+    body = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts)
+    return f"<dl>{body}</dl>"
+
+
+def _words(options: dict[str, Any]) -> list[str]:
+    """The options of a recipe, its grid included, in words."""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, dict):
+            words += _words(value)
+        elif name == "method" or (name == "convention" and not options.get("symmetric")):
+            # The method is the headline; the range convention is one of symmetric grids.
+            continue
+        elif isinstance(value, (str, int, float, type(None))) and (name, value) in _WORDS:
+            words.append(_WORDS[name, value])
+        elif value is not None:
+            words.append(_TEMPLATES.get(name, name.replace("_", " ") + " {}").format(value))
+    return words
+
+
+def _incidents(rows: Sequence[dict[str, Any]]) -> str:
+    retried = sum(row["attempts"] > 1 for row in rows)
+    fallen = sum(bool(row["fallback"]) for row in rows)
+    notes = [
+        f"{retried} needed more damping" if retried else "",
+        f"{fallen} rounded to nearest" if fallen else "",
+    ]
+    return "".join(f", {note}" for note in notes if note)
+
+
+def _errors(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    method = str(run["recipe_name"])
+    key = f'<p class="key"><i class="thin"></i> RTN <i class="thick"></i> {html.escape(method)}</p>'
+    panels = "".join(f"<figure>{panel}</figure>" for panel in figures.error_panels(rows, method))
+    note = "Share of each linear's output energy that is lost, over the blocks of the model; lower is better."
+    return _section("Layer error", f'{key}<div class="panels">{panels}</div>', note)
+
+
+def _histograms(histograms: list[dict[str, Any]]) -> str:
+    if not histograms:
+        return ""
+    panels = "".join(f"<figure>{figures.histogram_panel(histogram)}</figure>" for histogram in histograms)
+    note = "The weights before quantization, and the levels they are rounded to as thin lines."
+    return _section("Weights and their grid", f'<div class="panels">{panels}</div>', note)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    head = "".join(f'<th scope="col">{name}</th>' for name in _COLUMNS)
+    body = "\n".join(_table_row(row) for row in rows)
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Every linear"><table>'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _table_row(row: dict[str, Any]) -> str:
+    swatch = f'<i class="swatch {figures.colour_class(row["linear"])}"></i>'
+    ratio = _ratio(row)
+    cells = [
+        "\u00d7".join(map(str, row["shape"])),
+        str(row["bits"]),
+        "column" if row["group_size"] is None else str(row["group_size"]),
+        f"{row['error_rtn']:.3g}",
+        f"{row['error']:.3g}" + (" (RTN)" if row["fallback"] else ""),
+        "" if ratio is None else f"{ratio:.2f}",
+        f"{row['damping']:.2g}",
+        str(row["attempts"]),
+        f"{row['seconds']:.1f}",
+    ]
+    odd = ' class="odd"' if row["fallback"] or row["attempts"] > 1 else ""
+    return (
+        f'<tr{odd}><th scope="row">{swatch}{html.escape(row["module"])}</th>'
+        f"{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+    )
+
+
+def _ratio(row: dict[str, Any]) -> float | None:
+    return row["error"] / row["error_rtn"] if row["error_rtn"] else None
+
+
+def _mean_ratio(rows: Sequence[dict[str, Any]]) -> float | None:
+    logs = [math.log(ratio) for row in rows if (ratio := _ratio(row)) and math.isfinite(ratio)]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,90 @@
+"""A run with made-up numbers, for the tests of the report."""
+
+from __future__ import annotations
+
+import math
+import random
+
+SHAPES = {
+    "attn.q": (576, 576),
+    "attn.k": (576, 192),
+    "attn.v": (576, 192),
+    "attn.o": (576, 576),
+    "mlp.gate": (576, 1536),
+    "mlp.up": (576, 1536),
+    "mlp.down": (1536, 576),
+}
+
+
+def make_rows(blocks: int) -> list[dict]:
+    rng = random.Random(0)
+    rows = []
+    for block in range(blocks):
+        for place, (linear, shape) in enumerate(SHAPES.items()):
+            error = 2e-3 * (1 + place) * math.exp(rng.gauss(0, 0.25) + block / (blocks + 4))
+            retried = (block, linear) == (blocks - 1, "mlp.down")
+            rows.append(
+                {
+                    "module": f"blocks.{block}.{linear}",
+                    "block": block,
+                    "linear": linear,
+                    "shape": list(shape),
+                    "bits": 4,
+                    "group_size": 64,
+                    "error_rtn": error,
+                    "error": error * rng.uniform(0.4, 0.8),
+                    "damping": 0.1 if retried else 0.01,
+                    "attempts": 2 if retried else 1,
+                    "fallback": False,
+                    "seconds": rng.uniform(0.2, 1.4),
+                }
+            )
+    return rows
+
+
+def make_histogram(module: str, bits: int) -> dict:
+    top = 2**bits - 1
+    count = 16 * min(top + 3, 16)
+    edges = [-1.5 + i * (top + 3) / count for i in range(count + 1)]
+    counts = [round(9000 * math.exp(-(((edge - top / 2) / (top / 5)) ** 2))) for edge in edges[:-1]]
+    return {"module": module, "edges": edges, "counts": counts, "levels": list(range(top + 1))}
+
+
+def make_run(**changes) -> dict:
+    return {
+        "model": "smollm2-135m",
+        "recipe": {
+            "method": "gptq",
+            "act_order": True,
+            "groups": "static",
+            "percdamp": 0.01,
+            "true_sequential": False,
+            "grid": {
+                "bits": 4,
+                "group_size": 64,
+                "symmetric": False,
+                "convention": "half-step",
+                "clip": "mse",
+                "scale_dtype": "float16",
+            },
+        },
+        "recipe_name": "gptq",
+        "grid": "W4 g64 asymmetric, mse clip search",
+        "effective_bits": 4.5,
+        "bytes_before": 269_060_736,
+        "bytes_after": 116_349_120,
+        "calibration": "embedded corpus (calibration split)",
+        "samples": 16,
+        "seqlen": 512,
+        "tokens": 8192,
+        "seed": 0,
+        "seconds": 254.3,
+        "versions": {
+            "python": "3.11.9",
+            "jaxquant": "0.1.0",
+            "jax": "0.10.2",
+            "jaxlib": "0.10.2",
+            "numpy": "2.4.6",
+        },
+        **changes,
+    }

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+import report_samples as samples
+
+from jaxquant.report import write_report
+from jaxquant.report.figures import COLOURS, error_panels, histogram_panel, human_bytes, size_bars
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Collects tags, and checks that they nest."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    evaluation = {"perplexity_before": 21.994, "perplexity_after": 22.913, "kl": 0.0412, "top1": 0.887}
+    path = write_report(
+        tmp_path_factory.mktemp("report"),
+        samples.make_run(evaluation=evaluation),
+        samples.make_rows(30),
+        histograms=[samples.make_histogram("blocks.3.attn.q", 4)],
+    )
+    assert path.name == "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def test_page_parses_and_fits_a_phone(report):
+    tags = Page(report).tags
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in tags
+    assert len(report.encode()) < 1_000_000
+    assert "prefers-color-scheme: dark" in report
+    assert "overflow: auto" in report
+
+
+def test_page_requests_nothing(report):
+    tags = Page(report).tags
+    assert not [tag for tag, _ in tags if tag in ("script", "link", "iframe", "img", "object")]
+    assert not re.findall(r"https?:|url\(|@import", report)
+    assert not [attrs for _, attrs in tags if {"src", "href", "srcset", "xlink:href"} & attrs.keys()]
+
+
+def test_page_tells_everything_about_the_run(report):
+    text = Page(report).text
+    for row in samples.make_rows(30):
+        assert row["module"] in text
+    for fact in (
+        "smollm2-135m", "W4 g64 asymmetric, mse clip search", "4.50", "2.31\u00d7", "269 MB", "116 MB",
+        "embedded corpus", "8,192 tokens", "16 windows of 512", "act-order", "static groups",
+        "clip searched", "Seed", "4 min 14 s", "jax 0.10.2", "22.913", "original 21.994", "0.0412", "88.7 %",
+        "1 needed more damping", "576\u00d71536",
+    ):  # fmt: skip
+        assert fact in text
+
+
+def test_every_picture_describes_itself(report):
+    pictures = [attrs for tag, attrs in Page(report).tags if tag == "svg"]
+    assert len(pictures) == 1 + len(COLOURS) + 1
+    assert all(picture["role"] == "img" and len(picture["aria-label"]) > 20 for picture in pictures)
+
+
+def test_names_are_escaped(tmp_path):
+    run = samples.make_run(model="<script>alert(1)</script>", calibration="a & b")
+    text = write_report(tmp_path, run, samples.make_rows(1)).read_text()
+    assert "<script" not in text
+    assert "a &amp; b" in text
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0), (math.nan, 1e-3), (1e-3, math.inf), (5e-4, 5e-4)])
+def test_odd_errors_leave_a_valid_page(tmp_path, values):
+    rows = [{**row, "error_rtn": values[0], "error": values[1]} for row in samples.make_rows(2)]
+    Page(write_report(tmp_path, samples.make_run(), rows).read_text())
+
+
+def test_fallback_is_marked(tmp_path):
+    rows = samples.make_rows(1)
+    rows[0] = {**rows[0], "fallback": True, "group_size": None}
+    text = Page(write_report(tmp_path, samples.make_run(), rows).read_text()).text
+    assert "1 rounded to nearest" in text
+    assert "(RTN)" in text
+    assert "column" in text
+
+
+def test_error_panels_share_one_scale_and_keep_colours():
+    panels = error_panels(samples.make_rows(3), "gptq")
+    assert len(panels) == 7
+    ticks = [re.findall(r'text-anchor="end">([^<]+)<', panel) for panel in panels]
+    assert ticks[0]
+    assert all(tick == ticks[0] for tick in ticks)
+    assert 'class="line rtn c6"' in panels[-1]
+    assert 'class="line method c6"' in panels[-1]
+
+
+def test_one_block_is_drawn_as_points():
+    panel = error_panels(samples.make_rows(1), "gptq")[0]
+    assert panel.count("<circle") == 2
+    assert 'class="line' not in panel
+
+
+def test_histogram_draws_levels_unless_they_run_together():
+    assert histogram_panel(samples.make_histogram("blocks.0.mlp.up", 3)).count('"grid-level"') == 8
+    assert histogram_panel(samples.make_histogram("blocks.0.mlp.up", 8)).count('"grid-level"') == 2
+    empty = {"module": "blocks.0.mlp.up", "edges": [0.0, 0.0], "counts": [0], "levels": []}
+    assert "mlp.up" in histogram_panel(empty)
+
+
+def test_size_bars_are_proportional():
+    lengths = [float(n) for n in re.findall(r'<rect[^>]* width="([\d.]+)"', size_bars(400, 100))]
+    assert lengths[0] == pytest.approx(4 * lengths[1], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(12, "12 bytes"), (1500, "1.5 kB"), (94_321_000, "94.3 MB"), (2.5e9, "2.5 GB")]
+)
+def test_human_bytes(size, text):
+    assert human_bytes(size) == text
