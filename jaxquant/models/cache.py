@@ -43,5 +43,6 @@ def init_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
             "shorten the text or ask for fewer tokens"
         )
     shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    zeros = jnp.zeros(shape, config.dtype)
-    return KVCache(k=zeros, v=zeros, length=jnp.zeros((), jnp.int32))
+    # Two buffers, not one twice: a donated cache may not hold the same buffer in two leaves.
+    k, v = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+    return KVCache(k=k, v=v, length=jnp.zeros((), jnp.int32))

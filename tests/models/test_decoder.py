@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +46,16 @@ CONFIGS = pytest.mark.parametrize("config", [LLAMA, GEMMA, MISTRAL, QWEN], ids=l
 run = jax.jit(forward, static_argnums=1, static_argnames="taps")
 
 
-@functools.cache
-def params_of(config, dtype="float32"):
-    return jax.jit(init_params, static_argnums=1, static_argnames="dtype")(
-        jax.random.key(0), config, dtype=dtype
-    )
+def params_of(config, dtype="float32", seed=0):
+    """Random parameters drawn by numpy: compiling `init_params` would take longer than the tests."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+
+    def draw(leaf):
+        scale = leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 1.0
+        return jnp.asarray(rng.standard_normal(leaf.shape) * scale, dtype)
+
+    return jax.tree.map(draw, shapes)
 
 
 def tokens_of(config, length=12, batch=2):
@@ -131,7 +135,9 @@ def test_taps_are_what_the_linears_read(config):
 
 
 def test_vmap_over_models():
-    params = jax.jit(jax.vmap(lambda key: init_params(key, LLAMA)))(jax.random.split(jax.random.key(0), 3))
+    params = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *(params_of(LLAMA, seed=seed) for seed in range(3))
+    )
     tokens = tokens_of(LLAMA)
     together = jax.jit(jax.vmap(lambda p: forward(p, LLAMA, tokens).logits))(params)
     for i in range(3):
@@ -202,6 +208,15 @@ def test_compiled_size_does_not_grow_with_depth():
         return len(run.lower(params, config, shape).as_text())
 
     assert size(30) < 1.02 * size(3)
+
+
+def test_initial_activations_have_unit_variance():
+    config = dataclasses.replace(LLAMA, hidden_size=256, num_layers=1)
+    params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), config)
+    assert params["blocks"]["mlp"]["down"]["kernel"].shape == (1, 48, 256)
+    taps = run(params, config, tokens_of(config), taps=("mlp_in", "mlp_hidden")).taps
+    assert 0.9 < taps["mlp_in"].std() < 1.1
+    assert run(params, config, tokens_of(config)).logits.std() < 1.5
 
 
 def test_errors_name_the_limit():

@@ -1,0 +1,102 @@
+"""Text generation with the key/value cache: greedy, or sampled at a temperature."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.errors import InputError, UsageError
+from jaxquant.models import decoder
+from jaxquant.models.cache import KVCache, init_cache
+from jaxquant.models.config import ModelConfig
+
+# Prompts are padded to multiples of this, so that few lengths are compiled.
+_BUCKET = 64
+
+
+def generate(
+    params: dict[str, Any],
+    config: ModelConfig,
+    prompt_tokens: Sequence[int],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    key: jax.Array | None = None,
+) -> list[int]:
+    """The continuation of `prompt_tokens`: at most `max_tokens` tokens, ended before the first of `eos_ids`.
+
+    `temperature = 0` takes the most probable token; otherwise tokens are drawn from
+    `softmax(logits / temperature)` with `key`.
+
+    Raises:
+      InputError: an empty prompt, a token outside the vocabulary, or prompt and continuation longer than
+        the model's context.
+      UsageError: a negative temperature, or a positive one without a key.
+    """
+    prompt = np.asarray(prompt_tokens, np.int32)
+    length = len(prompt)
+    if length == 0:
+        raise InputError("the prompt is empty; give at least one token")
+    if prompt.min() < 0 or prompt.max() >= config.vocab_size:
+        raise InputError(f"the prompt has tokens outside the vocabulary of {config.vocab_size}")
+    if length + max_tokens > config.max_position:
+        raise InputError(
+            f"a prompt of {length} tokens and {max_tokens} new ones exceed the model's max_position = "
+            f"{config.max_position}; shorten the prompt or ask for fewer tokens"
+        )
+    if temperature < 0 or (temperature > 0 and key is None):
+        raise UsageError("temperature must be 0 (greedy), or positive together with a random key")
+    greedy = temperature == 0
+    keys = jax.random.split(jax.random.key(0) if key is None else key, max_tokens)
+    heat = jnp.float32(1.0 if greedy else temperature)
+
+    cache = init_cache(config, 1, min(_round_up(length + max_tokens), config.max_position))
+    padded = np.zeros((1, min(_round_up(length), cache.size)), np.int32)
+    padded[0, :length] = prompt
+    tokens, count = padded, length
+    generated: list[int] = []
+    for step_key in keys:
+        hidden, cache = _advance(params, config, tokens, np.int32(count), cache)
+        token = int(_choose(params, config, hidden, step_key, heat, greedy=greedy))
+        if token in config.eos_ids:
+            break
+        generated.append(token)
+        tokens, count = np.full((1, 1), token, np.int32), 1
+    return generated
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _BUCKET) * _BUCKET
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _advance(
+    params: dict[str, Any], config: ModelConfig, tokens: jax.Array, count: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Appends the first `count` of `tokens` `[1, T]`; returns the hidden state `[d]` of the last of them.
+
+    The padding lands in the cache behind its length, where attention is masked, and is overwritten later.
+    """
+    hidden, filled = decoder.final_hidden(params, config, tokens, cache=cache)
+    assert filled is not None
+    return hidden[0, count - 1], dataclasses.replace(filled, length=cache.length + count)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "greedy"))
+def _choose(
+    params: dict[str, Any],
+    config: ModelConfig,
+    hidden: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array,
+    *,
+    greedy: bool,
+) -> jax.Array:
+    scores = decoder.logits(params, config, hidden[None])[0]
+    return scores.argmax() if greedy else jax.random.categorical(key, scores / temperature)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant.errors import InputError, UsageError
+from jaxquant.evaluate import generate
+from jaxquant.models import ModelConfig
+from jaxquant.models.decoder import forward, init_params
+
+CONFIG = ModelConfig(
+    family="mistral",
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    query_scale=8**-0.5,
+    max_position=150,
+    sliding_window=6,
+    sliding_layers=(True, True),
+)
+PROMPT = [3, 14, 15, 9, 26]
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), CONFIG))
+    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape) * 0.4, jnp.float32), shapes)
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, PROMPT * 13])
+def test_greedy_is_the_argmax_of_the_whole_forward(params, prompt):
+    generated = generate(params, CONFIG, prompt, max_tokens=12)
+    assert len(generated) == 12
+    tokens = jnp.asarray([prompt + generated[:-1]], jnp.int32)
+    logits = jax.jit(forward, static_argnums=1)(params, CONFIG, tokens).logits[0]
+    np.testing.assert_array_equal(generated, logits[len(prompt) - 1 :].argmax(axis=-1))
+
+
+def test_generation_ends_before_the_end_token(params):
+    generated = generate(params, CONFIG, PROMPT, max_tokens=12)
+    stop = generated[4]
+    config = dataclasses.replace(CONFIG, eos_ids=(stop,))
+    assert generate(params, config, PROMPT, max_tokens=12) == generated[: generated.index(stop)]
+
+
+def test_sampling_follows_key_and_temperature(params):
+    def sample(seed, temperature):
+        return generate(
+            params, CONFIG, PROMPT, max_tokens=20, temperature=temperature, key=jax.random.key(seed)
+        )
+
+    assert sample(0, 1.0) == sample(0, 1.0)
+    assert sample(0, 1.0) != sample(1, 1.0)
+    assert sample(0, 1e-4) == generate(params, CONFIG, PROMPT, max_tokens=20)
+
+
+def test_nothing_asked_nothing_given(params):
+    assert generate(params, CONFIG, PROMPT, max_tokens=0) == []
+
+
+def test_errors(params):
+    with pytest.raises(InputError, match="prompt of 5 tokens and 146 new ones"):
+        generate(params, CONFIG, PROMPT, max_tokens=146)
+    with pytest.raises(InputError, match="empty"):
+        generate(params, CONFIG, [], max_tokens=1)
+    with pytest.raises(InputError, match="vocabulary of 40"):
+        generate(params, CONFIG, [40], max_tokens=1)
+    with pytest.raises(UsageError, match="random key"):
+        generate(params, CONFIG, PROMPT, max_tokens=1, temperature=0.5)
