@@ -231,14 +231,18 @@ def _difference(old: Event, new: Event) -> str:
 def _embed_all(outer: dict[str, Any], config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
     """Activations before the first block, float32 `[samples, seqlen, d]` on the host."""
     table = jnp.asarray(_storable(outer["embed"]))
-    rows = [np.asarray(embed({"embed": table}, config, jnp.asarray(tokens[part]))) for part in _batches(tokens)]
+    rows = [
+        np.asarray(embed({"embed": table}, config, jnp.asarray(tokens[part]))) for part in _batches(tokens)
+    ]
     return np.concatenate(rows).astype(np.float32)
 
 
 def _batches(array: np.ndarray) -> Iterator[slice]:
     """Equal slices of the samples with at most `_BATCH_TOKENS` tokens (equal, so that nothing recompiles)."""
     samples, seqlen = array.shape[:2]
-    size = max(d for d in range(1, samples + 1) if samples % d == 0 and (d == 1 or d * seqlen <= _BATCH_TOKENS))
+    size = max(
+        d for d in range(1, samples + 1) if samples % d == 0 and (d == 1 or d * seqlen <= _BATCH_TOKENS)
+    )
     for start in range(0, samples, size):
         yield slice(start, start + size)
 
@@ -276,9 +280,16 @@ def _quantize_block(
         for tap, paths in stage:
             for path in paths:
                 part, name = path.split(".")
-                kernel, row = _quantize_linear(params[part][name]["kernel"], moments[tap], recipe, index, path)
-                if index in (0, config.num_layers // 2, config.num_layers - 1) and path in ("attn.q", "mlp.down"):
-                    record["histograms"].append(_histogram(params[part][name]["kernel"], kernel, row["module"]))
+                kernel, row = _quantize_linear(
+                    params[part][name]["kernel"], moments[tap], recipe, index, path
+                )
+                if index in (0, config.num_layers // 2, config.num_layers - 1) and path in (
+                    "attn.q",
+                    "mlp.down",
+                ):
+                    record["histograms"].append(
+                        _histogram(params[part][name]["kernel"], kernel, row["module"])
+                    )
                 params[part] = {**params[part], name: {**params[part][name], "kernel": kernel}}
                 record["rows"].append(row)
                 on_event({"event": "row", **row})
@@ -299,10 +310,7 @@ def _quantize_linear(
         )
     packed = rounded.pack()
     seconds = time.monotonic() - begun
-    if recipe.method == "rtn":
-        error_rtn = stats.error
-    else:
-        error_rtn = rtn(kernel, moments, recipe.grid).stats.error
+    error_rtn = stats.error if recipe.method == "rtn" else rtn(kernel, moments, recipe.grid).stats.error
     row = {
         "module": module,
         "block": index,
@@ -333,11 +341,16 @@ def _histogram(kernel: jax.Array, packed: QArray, module: str) -> Event:
     edges = np.linspace(-1.5, top + 1.5, 16 * min(top + 3, 16) + 1)
     units = np.clip(np.asarray(w / scale[:, None, :] + shift).ravel(), edges[0], edges[-1])
     counts, _ = np.histogram(units, edges)
-    return {"module": module, "edges": edges.tolist(), "counts": counts.tolist(), "levels": list(range(top + 1))}
+    return {
+        "module": module,
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+        "levels": list(range(top + 1)),
+    }
 
 
 def _storable(tree: Any) -> Any:
-    """Unquantized matrices in 16 bits (bfloat16 if they come so, else float16); vectors and QArrays as they are."""
+    """Unquantized matrices in 16 bits (bfloat16 if they come so, else float16); the rest as it is."""
 
     def cast(leaf: Any) -> Any:
         if isinstance(leaf, QArray) or leaf.ndim < 2 or leaf.dtype == jnp.bfloat16:

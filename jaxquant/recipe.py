@@ -28,7 +28,7 @@ class Recipe:
     """
 
     method: Method = "gptq"
-    grid: Grid = Grid(bits=4, group_size=64, clip="mse")
+    grid: Grid
     act_order: bool = True
     groups: Literal["static", "dynamic"] = "static"
     percdamp: float = 0.01
