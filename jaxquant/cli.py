@@ -331,7 +331,8 @@ def _quantize(
         print(
             f"{out}: {summary['effective_bits']:.3f} effective bits, {summary['disk_bytes'] / 1e6:.1f} MB "
             f"(16-bit original {summary['source_bytes'] / 1e6:.1f} MB); "
-            f"layer error {summary['mean_error']:.2e}, RTN {summary['mean_error_rtn']:.2e}; {summary['seconds']:.0f} s; see {out / 'report.html'}"
+            f"layer error {summary['mean_error']:.2e}, RTN {summary['mean_error_rtn']:.2e}; "
+            f"{summary['seconds']:.0f} s; see {out / 'report.html'}"
         )
 
 

@@ -1,0 +1,1 @@
+"""What is known about a layer: `moments` of its inputs, and the `text` they come from."""
