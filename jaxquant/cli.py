@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import json
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxquant.errors import InputError, JaxquantError, UsageError
+from jaxquant.errors import JaxquantError, UsageError
 
 if TYPE_CHECKING:
-    from jaxquant.io import LoadedModel
-    from jaxquant.models.config import ModelConfig
     from jaxquant.pipeline import Plan
-    from jaxquant.report.tables import ProgressTable
+    from jaxquant.recipe import Recipe
+    from jaxquant.report import ProgressTable
 
 INTERRUPTED = 130
 
@@ -165,8 +168,13 @@ def evaluate(
     seqlen - 1 targets of each. A file that ends in .raw is joined as WikiText
     usually is. KL is KL(reference || model) in nats per token.
     """
-    print_evaluation = _print_json if as_json else _print_evaluation
-    print_evaluation(_evaluate(model, text, seqlen, windows, against, show=not as_json))
+    from jaxquant import jobs
+
+    with _bar("evaluating") as progress:
+        result = jobs.evaluate(
+            model, text=text, seqlen=seqlen, limit=windows, against=against, progress=progress
+        )
+    (_print_json if as_json else _print_evaluation)(result)
 
 
 @app.command()
@@ -185,9 +193,12 @@ def generate(
       jaxquant generate tiny --prompt "Once upon a time"
       jaxquant generate q4 --prompt "Paris is" --temperature 0.8 --seed 1
     """
+    from jaxquant import jobs
     from jaxquant.io import load_model
 
-    result = _generate(load_model(model), prompt, max_tokens, temperature, seed)
+    result = jobs.generate(
+        load_model(model), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed
+    )
     if as_json:
         _print_json(result)
     else:
@@ -205,38 +216,20 @@ def inspect(
 
       jaxquant inspect q4 --json | jq .effective_bits
     """
-    from jaxquant.io import checkpoint
-    from jaxquant.models.config import ModelConfig
-    from jaxquant.pipeline import read_rows
-    from jaxquant.recipe import Recipe
+    from jaxquant import jobs
 
-    manifest = checkpoint.read_manifest(folder)
-    rows, _ = read_rows(folder)
-    config = ModelConfig.from_dict(manifest["config"])
-    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
-    packed = sum(row["bytes"] for row in rows)
-    result = {
-        "model": manifest["source"]["name"],
-        "recipe": str(Recipe.from_dict(manifest["recipe"])),
-        "state": manifest["state"],
-        "blocks": [checkpoint.finished_blocks(folder), config.num_layers],
-        "effective_bits": 8 * packed / weights if weights else None,
-        "bytes": packed,
-        "disk_bytes": checkpoint.disk_bytes(folder),
-        "calibration": manifest["calibration"],
-        "versions": manifest["versions"],
-        "modules": rows,
-    }
+    result = jobs.inspect(folder)
     if as_json:
         _print_json(result)
         return
-    bits = (
-        "none yet" if not weights else f"{result['effective_bits']:.3f} effective bits, {packed / 1e6:.2f} MB"
-    )
+    bits = "no" if result["effective_bits"] is None else f"{result['effective_bits']:.3f}"
     print(f"{result['model']}: {result['recipe']}")
-    print(f"{len(rows)} quantized linears: {bits}; folder {result['disk_bytes'] / 1e6:.2f} MB")
-    print(f"state: {result['state']}, {result['blocks'][0]} of {result['blocks'][1]} blocks")
-    for row in rows:
+    print(
+        f"{len(result['modules'])} quantized linears, {bits} effective bits, "
+        f"{result['bytes'] / 1e6:.2f} MB packed, {result['disk_bytes'] / 1e6:.2f} MB with everything"
+    )
+    print(f"{result['state']}: {result['blocks']} of {result['blocks_total']} blocks")
+    for row in result["modules"]:
         shape = "x".join(map(str, row["shape"]))
         print(f"{row['module']:24} {shape:>11}  error {row['error']:.3e}  (RTN {row['error_rtn']:.3e})")
 
@@ -261,25 +254,31 @@ def demo(
 
     An interrupted demo goes on where it stopped.
     """
+    from jaxquant import jobs
     from jaxquant.io import load_model
     from jaxquant.quant import Grid
     from jaxquant.recipe import Recipe
 
     out = out or Path(f"jaxquant-demo-{Path(model).name}-w{bits}")
-    recipe = Recipe(grid=Grid(bits=bits, group_size=group_size or None, clip="mse"))
+    recipe = Recipe(method="gptq", grid=Grid(bits=bits, group_size=group_size or None, clip="mse"))
     _quantize(model, recipe, out, "corpus", 16, 512, 0, resume=True, dry_run=False, as_json=False)
     print("\nOn text that was not used for calibration:")
-    _print_evaluation(_evaluate(str(out), "corpus:evaluation", 512, None, model, show=True))
+    with _bar("evaluating") as progress:
+        result = jobs.evaluate(
+            str(out), text="corpus:evaluation", seqlen=512, limit=None, against=model, progress=progress
+        )
+    _print_evaluation(result)
+    jobs.report(out, evaluation=result)
     prompt = "The old lighthouse keeper"
     for name in (model, str(out)):
-        spoken = _generate(load_model(name), prompt, 40, 0.0, 0)["text"].strip("\n")
-        print(f"\n{name}:\n  {prompt}{spoken}")
+        spoken = jobs.generate(load_model(name), prompt, max_tokens=40, temperature=0.0, seed=0)
+        print(f"\n{name}:\n  {prompt}{spoken['text']}")
     print(f"\nReport with pictures: {out / 'report.html'}")
 
 
 def _quantize(
     model: str,
-    recipe: Any,
+    recipe: Recipe,
     out: Path,
     calibration: str,
     samples: int,
@@ -290,145 +289,67 @@ def _quantize(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    from jaxquant.calibrate.text import read_text, windows
+    from jaxquant import jobs
     from jaxquant.io import open_model
-    from jaxquant.pipeline import plan, quantize_model
-    from jaxquant.report.tables import ProgressTable
+    from jaxquant.pipeline import plan
+    from jaxquant.report import ProgressTable
 
     source = open_model(model)
-    config = source.config
-    _check_seqlen(seqlen, config)
-    estimate = plan(config, recipe, samples=samples, seqlen=seqlen)
+    jobs.check_seqlen(seqlen, source.config)
+    estimate = plan(source.config, recipe, samples=samples, seqlen=seqlen)
     if as_json:
-        _print_json({"event": "plan", "recipe": str(recipe), **_plan_dict(estimate)}, indent=None)
+        _print_line({"event": "plan", "recipe": str(recipe), **dataclasses.asdict(estimate)})
     else:
         _print_plan(source.name, recipe, estimate)
     if dry_run:
         return
-    tokens = windows(
-        read_text(calibration), source.tokenizer(), config, samples=samples, seqlen=seqlen, seed=seed
-    )
-    describe = {"text": calibration, "seed": seed}
-    try:
-        if as_json:
-            summary = quantize_model(
-                source, recipe, tokens, out, resume=resume, describe=describe,
-                on_event=lambda event: _print_json(event, indent=None),
+    with contextlib.ExitStack() as stack:
+        on_event = _print_line
+        if not as_json:
+            table = stack.enter_context(ProgressTable(estimate.linears))
+            on_event = functools.partial(_show, table, estimate.linears)
+        try:
+            summary = jobs.quantize(
+                source, recipe, out, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
+                resume=resume, on_event=on_event,
             )  # fmt: skip
-        else:
-            with ProgressTable(estimate.linears) as table:
-                summary = quantize_model(
-                    source, recipe, tokens, out, resume=resume, describe=describe,
-                    on_event=lambda event: _show(table, event, estimate.linears),
-                )  # fmt: skip
-    except KeyboardInterrupt:
-        command = [arg for arg in sys.argv[1:] if arg != "--resume"]
-        hint = [] if "demo" in command[:1] else ["--resume"]
-        print(f"\ninterrupted; go on with: {shlex.join(['jaxquant', *command, *hint])}", file=sys.stderr)
-        raise
-    _write_report(out, recipe, summary)
+        except KeyboardInterrupt:
+            stack.close()
+            command = [argument for argument in sys.argv[1:] if argument != "--resume"]
+            flag = [] if command[:1] == ["demo"] else ["--resume"]
+            print(f"interrupted; go on with: {shlex.join(['jaxquant', *command, *flag])}", file=sys.stderr)
+            raise
     if not as_json:
         print(
             f"{out}: {summary['effective_bits']:.3f} effective bits, {summary['disk_bytes'] / 1e6:.1f} MB "
-            f"(16-bit original {summary['source_bytes'] / 1e6:.1f} MB); "
-            f"layer error {summary['mean_error']:.2e}, RTN {summary['mean_error_rtn']:.2e}; "
-            f"{summary['seconds']:.0f} s; see {out / 'report.html'}"
+            f"(original in 16 bits: {summary['source_bytes'] / 1e6:.1f} MB); mean layer error "
+            f"{summary['mean_error']:.2e}, RTN {summary['mean_error_rtn']:.2e}; {summary['seconds']:.0f} s; "
+            f"pictures in {out / 'report.html'}"
         )
 
 
-def _show(table: ProgressTable, event: dict[str, Any], linears: int) -> None:
+def _show(table: ProgressTable, linears: int, event: dict[str, Any]) -> None:
     if event["event"] == "row":
         table.row(event)
     elif event["event"] == "resume":
         table.skip(linears * event["block"] // event["blocks"])
 
 
-def _write_report(folder: Path, recipe: Any, summary: dict[str, Any]) -> None:
-    from jaxquant.io import checkpoint
-    from jaxquant.pipeline import read_rows
-    from jaxquant.report import write_report
+@contextlib.contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on stderr while it is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
 
-    manifest = checkpoint.read_manifest(folder)
-    rows, histograms = read_rows(folder)
-    calibration = manifest["calibration"]
-    run = {
-        "model": manifest["source"]["name"],
-        "recipe_name": recipe.method,
-        "recipe": recipe.to_dict(),
-        "grid": str(recipe.grid),
-        "effective_bits": summary["effective_bits"],
-        "bytes_before": summary["source_bytes"],
-        "bytes_after": summary["disk_bytes"],
-        "calibration": calibration["text"],
-        "samples": calibration["samples"],
-        "seqlen": calibration["seqlen"],
-        "tokens": calibration["samples"] * calibration["seqlen"],
-        "seed": calibration["seed"],
-        "seconds": summary["seconds"],
-        "versions": manifest["versions"],
-    }
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_report(folder, run, rows, histograms=histograms)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _evaluate(
-    spec: str, text: str, seqlen: int | None, limit: int | None, against: str | None, *, show: bool
-) -> dict[str, Any]:
-    from jaxquant.calibrate.text import eval_windows, read_text
-    from jaxquant.evaluate import divergence, perplexity
-    from jaxquant.io import load_model
-
-    content = read_text(text)
-    model = load_model(spec)
-    reference = load_model(against) if against else None
-    seqlen = seqlen or min(2048, model.config.max_position)
-    _check_seqlen(seqlen, model.config)
-    windows = eval_windows(content, model.tokenizer, model.config, seqlen=seqlen, limit=limit)
-    common = {"model": model.name, "text": text, "seqlen": seqlen, "windows": len(windows)}
-    if reference is None:
-        result = perplexity(model.params, model.config, windows)
-        return {**common, "nll": result.nll, "nll_stderr": result.stderr, "perplexity": result.perplexity,
-                "tokens": result.tokens}  # fmt: skip
-    if reference.config.vocab_size != model.config.vocab_size:
-        raise UsageError(
-            f"{against} has a vocabulary of {reference.config.vocab_size}, {spec} one of "
-            f"{model.config.vocab_size}: give the original of the quantized model"
-        )
-    pair = divergence(model.params, reference.params, model.config, reference.config, windows)
-    return {**common, **pair.to_dict(), "against": reference.name}
-
-
-def _generate(
-    model: LoadedModel, prompt: str, max_tokens: int, temperature: float, seed: int
-) -> dict[str, Any]:
-    import jax
-
-    from jaxquant.evaluate import generate as continue_tokens
-
-    config = model.config
-    tokens = model.tokenizer.encode(prompt, add_special_tokens=False).ids
-    if config.add_bos and config.bos_id is not None:
-        tokens = [config.bos_id, *tokens]
-    if not tokens:
-        raise InputError("the prompt is empty; give at least one word with --prompt")
-    new = continue_tokens(
-        model.params, config, tokens, max_tokens=max_tokens, temperature=temperature, key=jax.random.key(seed)
-    )
-    return {"prompt": prompt, "text": model.tokenizer.decode(new), "tokens": new}
-
-
-def _check_seqlen(seqlen: int, config: ModelConfig) -> None:
-    if not 2 <= seqlen <= config.max_position:
-        raise UsageError(f"--seqlen {seqlen}: the model takes 2 to {config.max_position} tokens")
-
-
-def _plan_dict(plan: Plan) -> dict[str, Any]:
-    import dataclasses
-
-    return dataclasses.asdict(plan)
-
-
-def _print_plan(name: str, recipe: Any, plan: Plan) -> None:
+def _print_plan(name: str, recipe: Recipe, plan: Plan) -> None:
     print(f"{name}: {recipe}")
     print(
         f"plan: {plan.linears} linears at {plan.effective_bits:.3f} effective bits; about "
@@ -448,8 +369,12 @@ def _print_evaluation(result: dict[str, Any]) -> None:
         )
 
 
-def _print_json(value: Any, indent: int | None = 1) -> None:
-    print(json.dumps(value, indent=indent), flush=True)
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1), flush=True)
+
+
+def _print_line(event: Any) -> None:
+    print(json.dumps(event), flush=True)
 
 
 def main() -> None:

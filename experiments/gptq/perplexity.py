@@ -87,9 +87,15 @@ def main() -> None:
                 "mean_layer_error": summary["mean_error"],
                 "quantize_seconds": summary["seconds"],
                 "seconds": time.monotonic() - started,
-                **result.to_dict(),
+                "perplexity": result.model.perplexity,
+                "reference_perplexity": result.reference.perplexity,
+                "kl": result.kl,
+                "kl_stderr": result.kl_stderr,
+                "top1": result.top1,
             })  # fmt: skip
-            print(f"W{bits} {name}: {rows[-1]['perplexity']:.3f} (original {rows[-1]['reference_perplexity']:.3f})")
+            print(
+                f"W{bits} {name}: {rows[-1]['perplexity']:.3f} (original {rows[-1]['reference_perplexity']:.3f})"
+            )
             RESULTS.mkdir(exist_ok=True)
             path.write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=1) + "\n")
             (RESULTS / "perplexity.md").write_text(_table(protocol, rows))

@@ -1,0 +1,174 @@
+"""What the commands do, from names and files to plain dictionaries; `cli` only parses and prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxquant.calibrate.text import eval_windows, read_text, windows
+from jaxquant.errors import InputError, UsageError
+from jaxquant.evaluate import divergence, perplexity
+from jaxquant.evaluate import generate as continue_tokens
+from jaxquant.io import LoadedModel, checkpoint, load_model
+from jaxquant.io.source import Source
+from jaxquant.models.config import ModelConfig
+from jaxquant.pipeline import Event, quantize_model, read_rows
+from jaxquant.recipe import Recipe
+from jaxquant.report import write_report
+
+Progress = Callable[[int, int], None]
+
+
+def quantize(
+    source: Source,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    calibration: str,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    resume: bool,
+    on_event: Callable[[Event], None],
+) -> dict[str, Any]:
+    """Quantizes `source` into `folder` and writes `rows.jsonl` and `report.html`; returns the summary."""
+    text = read_text(calibration)
+    tokens = windows(text, source.tokenizer(), source.config, samples=samples, seqlen=seqlen, seed=seed)
+    summary = quantize_model(
+        source,
+        recipe,
+        tokens,
+        folder,
+        resume=resume,
+        describe={"text": calibration, "seed": seed},
+        on_event=on_event,
+    )
+    rows, _ = read_rows(folder)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report(folder)
+    return summary
+
+
+def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
+    """Writes `report.html` of a finished run, with the result of `evaluate(..., against=...)` if given."""
+    manifest = checkpoint.read_manifest(folder)
+    summary, calibration = manifest["summary"], manifest["calibration"]
+    recipe = Recipe.from_dict(manifest["recipe"])
+    run = {
+        "model": manifest["source"]["name"],
+        "recipe_name": recipe.method,
+        "recipe": manifest["recipe"],
+        "grid": str(recipe.grid),
+        "effective_bits": summary["effective_bits"],
+        "bytes_before": summary["source_bytes"],
+        "bytes_after": summary["disk_bytes"],
+        "calibration": calibration["text"],
+        "samples": calibration["samples"],
+        "seqlen": calibration["seqlen"],
+        "tokens": calibration["samples"] * calibration["seqlen"],
+        "seed": calibration["seed"],
+        "seconds": summary["seconds"],
+        "versions": manifest["versions"],
+    }
+    if evaluation is not None:
+        run["evaluation"] = {
+            "perplexity_before": evaluation["reference_perplexity"],
+            "perplexity_after": evaluation["perplexity"],
+            **{key: evaluation[key] for key in ("kl", "kl_stderr", "top1", "text", "tokens")},
+        }
+    rows, histograms = read_rows(folder)
+    return write_report(folder, run, rows, histograms=histograms)
+
+
+def evaluate(
+    spec: str,
+    *,
+    text: str,
+    seqlen: int | None,
+    limit: int | None,
+    against: str | None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Perplexity of the model that `spec` names, and with `against` its divergence from that one."""
+    content = read_text(text)
+    model = load_model(spec)
+    seqlen = seqlen or min(2048, model.config.max_position)
+    check_seqlen(seqlen, model.config)
+    batch = eval_windows(content, model.tokenizer, model.config, seqlen=seqlen, limit=limit)
+    facts = {"model": model.name, "text": text, "seqlen": seqlen, "windows": len(batch)}
+    if against is None:
+        return facts | _scores(perplexity(model.params, model.config, batch, progress=progress))
+    reference = load_model(against)
+    pair = divergence(
+        model.params, reference.params, model.config, reference.config, batch, progress=progress
+    )
+    return {
+        **facts,
+        **_scores(pair.model),
+        "against": reference.name,
+        "reference_perplexity": pair.reference.perplexity,
+        "kl": pair.kl,
+        "kl_stderr": pair.kl_stderr,
+        "top1": pair.top1,
+        "top1_stderr": pair.top1_stderr,
+    }
+
+
+def generate(
+    model: LoadedModel, prompt: str, *, max_tokens: int, temperature: float, seed: int
+) -> dict[str, Any]:
+    """Continues `prompt`; the text and tokens of the continuation.
+
+    Raises:
+      InputError: the prompt is empty, or with `max_tokens` longer than the model's context.
+    """
+    config = model.config
+    tokens = model.tokenizer.encode(prompt).ids
+    if config.add_bos and config.bos_id is not None:
+        tokens = [config.bos_id, *tokens]
+    if not tokens:
+        raise InputError("the prompt is empty; give at least one word with --prompt")
+    new = continue_tokens(
+        model.params, config, tokens, max_tokens=max_tokens, temperature=temperature, key=jax.random.key(seed)
+    )
+    return {"prompt": prompt, "text": model.tokenizer.decode(new), "tokens": len(new)}
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """What `folder` holds: recipe, state, sizes, and one row per quantized linear."""
+    manifest = checkpoint.read_manifest(folder)
+    rows, _ = read_rows(folder)
+    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    packed = sum(row["bytes"] for row in rows)
+    return {
+        "model": manifest["source"]["name"],
+        "recipe": str(Recipe.from_dict(manifest["recipe"])),
+        "state": manifest["state"],
+        "blocks": checkpoint.finished_blocks(folder),
+        "blocks_total": manifest["config"]["num_layers"],
+        "effective_bits": 8 * packed / weights if weights else None,
+        "bytes": packed,
+        "disk_bytes": checkpoint.disk_bytes(folder),
+        "calibration": manifest["calibration"],
+        "versions": manifest["versions"],
+        "modules": rows,
+    }
+
+
+def check_seqlen(seqlen: int, config: ModelConfig) -> None:
+    """`UsageError` unless windows of `seqlen` tokens fit into the model's context."""
+    if not 2 <= seqlen <= config.max_position:
+        raise UsageError(f"--seqlen {seqlen}: this model takes 2 to {config.max_position} tokens")
+
+
+def _scores(result: Any) -> dict[str, Any]:
+    return {
+        "nll": result.nll,
+        "nll_stderr": result.stderr,
+        "perplexity": result.perplexity,
+        "tokens": result.tokens,
+    }
