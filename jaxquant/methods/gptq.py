@@ -41,8 +41,8 @@ def gptq(
     not change the result beyond rounding.
 
     Order of operations: inputs that were always 0 get weight 0 and the mean `H_dd` of the rest, which
-    leaves the damping alone; static grids are fitted to the original order; `act_order` sorts inputs by descending
-    `H_dd` (stable); damping; factor; loop; the inverse permutation.
+    leaves the damping alone; static grids are fitted to the original order; `act_order` sorts inputs by
+    descending `H_dd` (stable); damping; factor; loop; the inverse permutation.
 
     Args:
       weight: `[in, out]`, any float dtype; computed in float32, or in float64 where it or the moments are.

@@ -163,8 +163,8 @@ class Grid:
     def _stored(self, scale: Array) -> Array:
         """The scale as it will be stored: rounded to `scale_dtype`, kept off 0 and infinity."""
         info = jnp.finfo(self.scale_dtype)
-        # At 8 bits max|w| < 0.008 already asks for a subnormal float16. Those are normal in float32, where all
-        # arithmetic happens; the subnormals of float32 are flushed to 0 by most backends.
+        # At 8 bits max|w| < 0.008 already asks for a subnormal float16. Those are normal in float32, where
+        # all arithmetic happens; the subnormals of float32 are flushed to 0 by most backends.
         smallest = info.smallest_subnormal if self.scale_dtype == "float16" else info.tiny
         tiny, largest = jnp.asarray(smallest, scale.dtype), jnp.asarray(info.max, scale.dtype)
         magnitude = jnp.clip(jnp.abs(scale), tiny, largest).astype(self.scale_dtype).astype(scale.dtype)

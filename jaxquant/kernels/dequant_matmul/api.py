@@ -18,6 +18,9 @@ def dequant_matmul(
 ) -> Float[Array, "*rows out"]:
     """`x @ (scale * (code - zero))` in the dtype of `x`, without materializing the dequantized weight.
 
+    Tiles of the weight are dequantized in float32, rounded to the dtype of `x` and multiplied with float32 sums
+    (float64 for float64 `x`).
+
     Args:
       x: activations; leading axes are free.
       words: codes packed by `quant.packing.pack`, `block` rows at a time.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt
 
+from jaxquant.quant.grid import working_dtype
 from jaxquant.quant.packing import unpack
 
 # Rows dequantized at once. A tile of 512 x out stays in the last-level cache, and with many rows of x the
@@ -23,6 +24,7 @@ def dequant_matmul(
     block: int,
 ) -> Float[Array, "rows out"]:
     """`y = sum_t x[:, t] @ (scale_t * (code_t - zero_t))` over tiles t; shapes as in `reference`."""
+    wide = working_dtype(x.dtype)
     blocks, _, out = words.shape
     per_tile = max(d for d in range(1, blocks + 1) if blocks % d == 0 and (d == 1 or d * block <= _TILE_ROWS))
     tiles = blocks // per_tile
@@ -30,10 +32,10 @@ def dequant_matmul(
 
     def add_tile(acc: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, None]:
         x_tile, words_tile, group = tile
-        shift, step = (a[group].astype(jnp.float32)[:, None, :] for a in (zero, scale))
-        weight = (unpack(words_tile, bits, block).astype(jnp.float32) - shift) * step
+        shift, step = (a[group].astype(wide)[:, None, :] for a in (zero, scale))
+        weight = (unpack(words_tile, bits, block).astype(wide) - shift) * step
         weight = weight.reshape(per_tile * block, out).astype(x.dtype)
-        return acc + jnp.matmul(x_tile, weight, preferred_element_type=jnp.float32), None
+        return acc + jnp.matmul(x_tile, weight, preferred_element_type=wide), None
 
     x_tiles = jnp.moveaxis(x.reshape(x.shape[0], tiles, per_tile * block), 1, 0)
     tiled = (
@@ -41,5 +43,5 @@ def dequant_matmul(
         words.reshape(tiles, per_tile, *words.shape[1:]),
         group_of_block.reshape(tiles, per_tile),
     )
-    acc, _ = jax.lax.scan(add_tile, jnp.zeros((x.shape[0], out), jnp.float32), tiled)
+    acc, _ = jax.lax.scan(add_tile, jnp.zeros((x.shape[0], out), wide), tiled)
     return acc.astype(x.dtype)

@@ -1,0 +1,171 @@
+"""`QArray`: a packed weight is the weight it stands for, through every transformation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant.errors import UsageError
+from jaxquant.kernels.dequant_matmul import reference
+from jaxquant.quant import Grid, QArray, quantize
+
+KINDS = [
+    Grid(bits=1, group_size=32, symmetric=True),
+    Grid(bits=2, group_size=16),
+    Grid(bits=3, group_size=24, symmetric=True, convention="full"),
+    Grid(bits=4, group_size=64),
+    Grid(bits=5),
+    Grid(bits=6, group_size=192, scale_dtype="float32"),
+    Grid(bits=7, symmetric=True, convention="restricted"),
+    Grid(bits=8, group_size=96),
+]
+ROWS, OUT = 192, 40
+
+
+def weight(*stack: int, rows: int = ROWS, out: int = OUT, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (*stack, rows, out))
+
+
+def activations(*shape: int, seed: int = 1) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (*shape, ROWS))
+
+
+def exact(x, w) -> np.ndarray:
+    return np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+
+
+def assert_product(y, x, w, *, tolerance: float = 1e-5) -> None:
+    expected = exact(x, w)
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), expected, rtol=0, atol=tolerance * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize("word", [jnp.uint8, jnp.uint32])
+@pytest.mark.parametrize("grid", KINDS, ids=str)
+def test_product_equals_that_of_the_dequantized_weight(grid, word):
+    w, x = weight(), activations(5)
+    scale, zero = grid.fit(w)
+    codes = grid.quantize(w, scale, zero)
+    q = QArray.from_codes(codes, scale, zero, grid, word_dtype=word)
+    np.testing.assert_array_equal(q.codes(), codes)
+    np.testing.assert_array_equal(q.dequantize(), grid.dequantize(codes, scale, zero))
+    assert q.words.dtype == word
+    assert_product(jax.jit(lambda x, q: x @ q)(x, q), x, q.dequantize())
+    all_zeros = jnp.full_like(scale, grid.constant_zero) if zero is None else zero
+    oracle = reference.dequant_matmul(x, q.words, scale, all_zeros, bits=grid.bits, block=q.block)
+    assert_product(oracle, x, q.dequantize())
+
+
+@pytest.mark.parametrize("grid", [Grid(bits=3, group_size=48), Grid(bits=4, symmetric=True)], ids=str)
+def test_order(grid):
+    """Packed row k is input order[k]."""
+    w, x = weight(), activations(3)
+    order = jax.random.permutation(jax.random.key(2), ROWS)
+    scale, zero = grid.fit(w[order])
+    codes = grid.quantize(w[order], scale, zero)
+    q = QArray.from_codes(codes, scale, zero, grid, order=order)
+    what = q.dequantize()
+    np.testing.assert_array_equal(what[order], grid.dequantize(codes, scale, zero))
+    assert_product(x @ q, x, what)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), q, dataclasses.replace(q, order=order[::-1]))
+    np.testing.assert_array_equal(stacked.dequantize()[0], what)
+    np.testing.assert_array_equal(stacked.dequantize()[1][order[::-1]], what[order])
+
+
+def test_left_operand_forms():
+    q = quantize(weight(), Grid(group_size=64))
+    w, x = q.dequantize(), activations(2, 3)
+    assert_product(x @ q, x, w)
+    assert_product(np.asarray(x) @ q, x, w)
+    assert_product(x[0, 0] @ q, x[0, 0], w)
+    assert (x @ q).shape == (2, 3, OUT)
+    assert (x[:0] @ q).shape == (0, 3, OUT)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 2e-2), (jnp.float16, 2e-3)])
+def test_half_precision_activations(dtype, tolerance):
+    q, x = quantize(weight(), Grid(group_size=64)), activations(4).astype(dtype)
+    y = x @ q
+    assert y.dtype == dtype
+    assert_product(y.astype(jnp.float32), x.astype(jnp.float32), q.dequantize(), tolerance=tolerance)
+
+
+def test_double_precision_activations():
+    with jax.enable_x64(True):
+        q = quantize(weight(), Grid(group_size=64))
+        x = activations(4).astype(jnp.float64)
+        y = x @ q
+        assert y.dtype == jnp.float64
+        assert_product(y, x, q.dequantize(jnp.float64), tolerance=1e-12)
+
+
+def test_vmap_and_scan_over_a_stack_equal_a_loop():
+    w, x = weight(3), activations(3, 5)
+    q = quantize(w, Grid(bits=3, group_size=48))
+    assert q.shape == (ROWS, OUT)
+    loop = jnp.stack([x[i] @ jax.tree.map(lambda leaf, i=i: leaf[i], q) for i in range(3)])
+    np.testing.assert_allclose(jax.vmap(lambda x, q: x @ q)(x, q), loop, rtol=1e-5, atol=1e-5)
+    _, scanned = jax.lax.scan(lambda carry, xq: (carry, xq[0] @ xq[1]), None, (x, q))
+    np.testing.assert_allclose(scanned, loop, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(jax.vmap(lambda q: q.dequantize())(q), q.dequantize())
+
+
+@pytest.mark.parametrize("grid", [Grid(bits=2, group_size=64), Grid(bits=4, symmetric=True)], ids=str)
+def test_gradients_equal_those_of_the_dequantized_product(grid):
+    q, x = quantize(weight(), grid), activations(5)
+    scale = q.scale.astype(jnp.float32)
+
+    def packed(x, scale):
+        return jnp.sum(jnp.sin(x @ dataclasses.replace(q, scale=scale)))
+
+    def plain(x, scale):
+        return jnp.sum(jnp.sin(jnp.matmul(x, grid.dequantize(q.codes(), scale, q.zero), precision="highest")))
+
+    ours, expected = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, scale) for f in (packed, plain))
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(b))))
+
+
+@pytest.mark.parametrize("grid", KINDS, ids=str)
+def test_bytes_are_those_of_the_buffers(grid):
+    q = quantize(weight(2), grid)
+    assert q.nbytes == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(q))
+    assert q.effective_bits == pytest.approx(grid.effective_bits(ROWS))
+
+
+@pytest.mark.parametrize("rows", [2048, 576, 1537])
+def test_dequantized_weight_is_never_whole_in_memory(rows):
+    """Peak temporaries of `x @ q`, as XLA reports them, against one float32 copy of the weight."""
+    group = None if rows == 1537 else 64
+    q = jax.eval_shape(
+        lambda: quantize(jnp.zeros((rows, 2048)), Grid(bits=4, group_size=group, scale_dtype="float16"))
+    )
+    x = jax.ShapeDtypeStruct((4, rows), jnp.float32)
+    memory = jax.jit(lambda x, q: x @ q).lower(x, q).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < {2048: 0.45, 576: 1.0, 1537: 2.0}[rows] * rows * 2048 * 4
+
+
+def test_errors():
+    q = quantize(weight(), Grid(group_size=64))
+    with pytest.raises(ValueError, match=r"191 features, the weight 192 inputs"):
+        jnp.zeros((2, 191)) @ q
+    with pytest.raises(ValueError, match=r"stack of \(3,\); use jax.vmap"):
+        activations(2) @ quantize(weight(3), Grid())
+    with pytest.raises(ValueError, match="int32; convert"):
+        jnp.zeros((2, ROWS), jnp.int32) @ q
+    with pytest.raises(UsageError, match="192 inputs are not divisible by group_size=128"):
+        quantize(weight(), Grid(group_size=128))
+
+
+def test_tree_keeps_static_parts():
+    q = quantize(weight(), Grid(bits=3, group_size=64))
+    leaves, tree = jax.tree.flatten(q)
+    rebuilt = jax.tree.unflatten(tree, leaves)
+    assert rebuilt.grid == q.grid
+    assert rebuilt.shape == q.shape
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.uint8), jnp.dtype(jnp.float16)}
