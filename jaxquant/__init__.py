@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxquant.calibrate.moments import Moments
+    from jaxquant.calibrate.moments import Moments, merge, observe
     from jaxquant.io import load_model, load_params, open_model
     from jaxquant.methods import Rounded, gptq, rtn
     from jaxquant.pipeline import quantize_model
@@ -27,6 +27,8 @@ _HOME = {
     "gptq": "jaxquant.methods",
     "load_model": "jaxquant.io",
     "load_params": "jaxquant.io",
+    "merge": "jaxquant.calibrate.moments",
+    "observe": "jaxquant.calibrate.moments",
     "open_model": "jaxquant.io",
     "quantize": "jaxquant.quant",
     "quantize_model": "jaxquant.pipeline",
@@ -42,6 +44,8 @@ __all__ = [
     "gptq",
     "load_model",
     "load_params",
+    "merge",
+    "observe",
     "open_model",
     "quantize",
     "quantize_model",
