@@ -12,7 +12,14 @@ import numpy as np
 
 from jaxquant.errors import InputError
 from jaxquant.evaluate.perplexity import Perplexity
-from jaxquant.evaluate.scoring import Progress, at_targets, check_windows, mean_and_stderr, over_tokens
+from jaxquant.evaluate.scoring import (
+    Progress,
+    at_targets,
+    check_windows,
+    head_only,
+    mean_and_stderr,
+    over_tokens,
+)
 from jaxquant.models import decoder
 from jaxquant.models.config import ModelConfig
 
@@ -82,10 +89,11 @@ def _token_scores(
     """Of each target: both negative log-likelihoods, the divergence, and whether the best tokens agree."""
     hidden, _ = decoder.final_hidden(params, config, window[None])
     reference_hidden, _ = decoder.final_hidden(reference_params, reference_config, window[None])
+    head, reference_head = head_only(params, config), head_only(reference_params, reference_config)
 
     def score(hidden: jax.Array, reference_hidden: jax.Array, targets: jax.Array) -> Any:
-        ours = jax.nn.log_softmax(decoder.logits(params, config, hidden), axis=-1)
-        theirs = decoder.logits(reference_params, reference_config, reference_hidden)
+        ours = jax.nn.log_softmax(decoder.logits(head, config, hidden), axis=-1)
+        theirs = decoder.logits(reference_head, reference_config, reference_hidden)
         theirs = jax.nn.log_softmax(theirs, axis=-1)
         kl = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
         agrees = (ours.argmax(axis=-1) == theirs.argmax(axis=-1)).astype(jnp.float32)

@@ -44,6 +44,16 @@ def over_tokens(function: Callable[..., Any], vocab_size: int, *arrays: jax.Arra
     return jax.tree.map(lambda out: out.reshape(chunks * size, *out.shape[2:])[:length], outputs)
 
 
+def head_only(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The part of `params` that `decoder.logits` reads, cast to the activations' dtype.
+
+    XLA would repeat the cast of a bfloat16 head in every chunk: it hoists nothing that grows.
+    """
+    name = "embed" if config.tie_embeddings else "head"
+    head = params[name]
+    return {name: jnp.asarray(head, config.dtype) if isinstance(head, (jax.Array, np.ndarray)) else head}
+
+
 def at_targets(scores: jax.Array, targets: jax.Array) -> jax.Array:
     """`scores[t, targets[t]]`: `[T]` from `[T, V]` and `[T]`."""
     return jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]

@@ -18,7 +18,8 @@ class KVCache:
 
     Attributes:
       k, v: `[L, B, S, num_kv_heads, head_dim]` for a model, without the leading axis for one block.
-      length: int32 scalar, how many of the `S` places are filled; the same for the whole batch.
+      length: int32 scalar, how many of the `S` places are filled; the same for the whole batch. It may be
+        traced, so it is the caller who sees to it that no more than `S` tokens are ever appended.
     """
 
     k: jax.Array

@@ -94,6 +94,16 @@ def test_the_chunk_size_does_not_matter(chunk, monkeypatch):
     np.testing.assert_array_equal(last, np.arange(32) + 1)
 
 
+def test_bfloat16_weights_and_untied_or_tied_heads():
+    for tied in (False, True):
+        config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+        wide = params_of(0)
+        narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), wide)
+        rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
+        exact = perplexity(rounded, config, WINDOWS).nll
+        assert perplexity(narrow, config, WINDOWS).nll == pytest.approx(exact, rel=1e-6)
+
+
 def test_a_head_of_262144_tokens_is_never_whole():
     def score(hidden, targets):
         assert hidden.shape[0] * 262_144 * 4 <= 64 * 2**20
