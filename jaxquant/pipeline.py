@@ -114,6 +114,9 @@ def quantize_model(
       describe: facts about the calibration kept in the manifest (text, seed).
       on_event: called with `{"event": "row" | "block" | "resume" | "done", ...}`.
 
+    Returns:
+      The summary; with `resume` on a finished run that of the run, at once.
+
     Raises:
       UsageError: the folder is in use, or `resume` meets a run of another model, recipe or calibration.
       NonFiniteError: NaN or infinity in a weight or in the activations; names the linear.
@@ -134,6 +137,10 @@ def quantize_model(
     }
     manifest = {**identity, "config": config.to_dict(), "versions": versions(), "state": "running"}
     finished = _prepare(folder, source, manifest, estimate, resume)
+    previous = checkpoint.read_manifest(folder)
+    if previous["state"] == "complete":
+        on_event({"event": "done", **previous["summary"]})
+        return previous["summary"]
 
     outer = source.outer()
     hidden = _embed_all(outer, config, tokens)

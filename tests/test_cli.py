@@ -1,0 +1,242 @@
+"""The command line on the tiny model: forms that scripts rely on, exit codes, kill and resume."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxquant import cli
+from jaxquant.io import checkpoint
+
+SMALL = ["--bits", "4", "--group-size", "64", "--samples", "2", "--seqlen", "64", "--seed", "0"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Calls the entry point; returns exit code, stdout and stderr."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["jaxquant", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "notes.txt"
+    path.write_text("The miller's daughter walked to the river and counted the boats on the water. " * 60)
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("cli") / "q4"
+    arguments = [
+        "quantize",
+        "tiny",
+        "--recipe",
+        "gptq",
+        *SMALL,
+        "--calibration",
+        str(text),
+        "--out",
+        str(folder),
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "jaxquant.cli", *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return folder, [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_quantize_prints_json_lines_and_fills_the_folder(quantized):
+    folder, events = quantized
+    assert [e["event"] for e in events if e["event"] != "row"] == ["plan", "block", "block", "block", "done"]
+    rows = [event for event in events if event["event"] == "row"]
+    assert len(rows) == 21
+    assert all(row["error"] <= row["error_rtn"] for row in rows)
+    saved = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert [{"event": "row", **row} for row in saved] == rows
+    assert "blocks.2.mlp.down" in (folder / "report.html").read_text()
+    assert (folder / "tokenizer.json").is_file()
+
+
+def test_inspect_reports_bits_bytes_and_modules(run, quantized):
+    code, out, _ = run("inspect", quantized[0], "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["effective_bits"] == pytest.approx(4 + 32 / 64)
+    weights = sum(np.prod(row["shape"]) for row in result["modules"])
+    assert result["bytes"] == pytest.approx(weights * 4.5 / 8)
+    assert result["state"] == "complete"
+    code, out, _ = run("inspect", quantized[0])
+    assert code == 0
+    assert "W4 g64 asymmetric, mse clip search, act-order, static groups" in out
+    assert "blocks.1.attn.o" in out
+
+
+def test_evaluate_against_the_original(run, quantized, text):
+    options = ["--text", text, "--seqlen", 64, "--windows", 3, "--json"]
+    code, out, _ = run("evaluate", quantized[0], *options, "--against", "tiny")
+    result = json.loads(out)
+    assert code == 0
+    assert result["tokens"] == 3 * 63
+    assert result["perplexity"] == pytest.approx(np.exp(result["nll"]))
+    assert 0 < result["kl"] < 0.5
+    assert result["kl_stderr"] > 0
+    assert 0.5 < result["top1"] <= 1
+    code, out, _ = run("evaluate", "tiny", *options)
+    assert json.loads(out)["perplexity"] == pytest.approx(result["reference_perplexity"], rel=1e-5)
+
+
+def test_generate_is_deterministic(run, quantized):
+    command = ["generate", quantized[0], "--prompt", "The river", "--max-tokens", 8, "--json"]
+    greedy = [json.loads(run(*command)[1]) for _ in range(2)]
+    assert greedy[0] == greedy[1]
+    assert 0 < greedy[0]["tokens"] <= 8
+    sampled = [json.loads(run(*command, "--seed", 3, "--temperature", 1.5)[1])["text"] for _ in range(2)]
+    assert sampled[0] == sampled[1]
+    assert sampled[0] != greedy[0]["text"]
+    code, out, _ = run("generate", quantized[0], "--prompt", "The river", "--max-tokens", 4)
+    assert code == 0
+    assert out.startswith("The river")
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(run, tmp_path):
+    code, out, _ = run("quantize", "tiny", *SMALL, "--out", tmp_path / "q", "--dry-run")
+    assert code == 0
+    assert "21 linears at 4.500 effective bits" in out
+    assert not (tmp_path / "q").exists()
+    code, out, _ = run("quantize", "tiny", *SMALL, "--out", tmp_path / "q", "--dry-run", "--json")
+    plan = json.loads(out)
+    assert plan["event"] == "plan"
+    assert plan["peak_bytes"] > 0
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_killed_run_resumes_to_the_same_bits(quantized, text, tmp_path, run):
+    folder = tmp_path / "killed"
+    arguments = [
+        "quantize",
+        "tiny",
+        "--recipe",
+        "gptq",
+        *SMALL,
+        "--calibration",
+        str(text),
+        "--out",
+        str(folder),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxquant.cli", *arguments, "--json"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["event"] == "row" and event["module"] == "blocks.1.attn.v":
+            process.kill()
+            break
+    process.stdout.close()
+    process.wait()
+    assert checkpoint.finished_blocks(folder) == 1
+
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "give --resume to go on with it" in err
+    code, _, err = run("generate", folder, "--prompt", "a")
+    assert code == 1
+    assert "finish the run with --resume" in err
+    code, out, _ = run(*arguments, "--resume")
+    assert code == 0
+    assert "blocks.0." not in out
+    for index in range(3):
+        ours, theirs = (checkpoint.load_block(f, index)[0] for f in (folder, quantized[0]))
+        for linear in ("q", "o"):
+            a, b = ours["attn"][linear]["kernel"], theirs["attn"][linear]["kernel"]
+            np.testing.assert_array_equal(a.words, b.words)
+            np.testing.assert_array_equal(a.scale, b.scale)
+            np.testing.assert_array_equal(a.zero, b.zero)
+
+
+def test_ctrl_c_exits_130_and_says_how_to_go_on(text, tmp_path):
+    folder = tmp_path / "interrupted"
+    arguments = ["quantize", "tiny", *SMALL, "--calibration", str(text), "--out", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxquant.cli", *arguments, "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line)["event"] == "row":
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert f"--out {folder} --json --resume" in err
+    assert checkpoint.is_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (["quantize", "tiny"], 2, "Missing option '--out'"),
+    (["quantize", "tiny", "--out", "OUT", "--bits", "9"], 2, "bits=9 is out of range; use 1 to 8"),
+    (["quantize", "tiny", "--out", "OUT", "--recipe", "gtpq"], 2, "unknown recipe 'gtpq'; use one of"),
+    (["quantize", "tiny", "--out", "OUT", "--group-size", "60"], 2, "attn.q: 128 inputs are not divisible"),
+    (["quantize", "tiny", "--out", "OUT", "--seqlen", "4096"], 2, "this model takes 2 to 512 tokens"),
+    (["quantize", "tiny", "--out", "OUT", "--calibration", "EMPTY"], 1, "the text is empty"),
+    (["quantize", "tiny", "--out", "OUT", "--calibration", "SHORT"], 1, "tokens found, 513 needed"),
+    (["quantize", "tiny", "--out", "OUT", "--calibration", "MISSING"], 1, "MISSING"),
+    (["quantize", "small-model", "--out", "OUT"], 2, "give a known name (tiny, smollm2-135m)"),
+    (["quantize", "./nowhere", "--out", "OUT"], 1, "no such file or directory"),
+    (["evaluate", "tiny", "--seqlen", "1"], 2, "--seqlen 1"),
+    (["generate", "tiny", "--prompt", ""], 1, "the prompt is empty"),
+    (["generate", "tiny", "--prompt", "a", "--max-tokens", "9999"], 1, "max_position"),
+    (["inspect", "."], 1, "this is not a quantized model"),
+    (["frobnicate"], 2, "No such command"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
+def test_bad_input_names_the_place_and_the_remedy(arguments, code, message, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").write_text(" \n")
+    (tmp_path / "SHORT").write_text("Too short.")
+    got, out, err = run(*arguments)
+    assert got == code
+    assert message in " ".join((out + err).split())
+    assert "Traceback" not in err
+    assert not (tmp_path / "OUT").exists()
+
+
+def test_help_teaches_by_example_and_starts_fast(run):
+    for command in ("quantize", "evaluate", "generate", "inspect", "demo"):
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        assert f"jaxquant {command}" in out
+    # Heavy packages must not be imported for --help; their absence is what keeps it under a second.
+    heavy = ("jax", "numpy", "orbax", "flax")
+    probe = f"import sys; from jaxquant import cli; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_demo_runs_the_whole_tour(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("demo", "--model", "tiny")
+    assert code == 0
+    assert "perplexity" in out
+    assert "The old lighthouse keeper" in out
+    folder = tmp_path / "jaxquant-demo-tiny-w4"
+    assert (folder / "report.html").is_file()
+    code, again, _ = run("demo", "--model", "tiny")
+    assert code == 0
+    assert "blocks.0" not in again  # everything quantized is kept
