@@ -18,7 +18,7 @@ def dequant_matmul(
 ) -> Float[Array, "*rows out"]:
     """`x @ (scale * (code - zero))` in the dtype of `x`, without materializing the dequantized weight.
 
-    Tiles of the weight are dequantized in float32, rounded to the dtype of `x` and multiplied with float32 sums
+    Tiles of the weight are dequantized in float32, rounded to the dtype of `x`, multiplied, summed in float32
     (float64 for float64 `x`).
 
     Args:
