@@ -1,4 +1,4 @@
-"""Our GPTQ against the published algorithm written column by column in torch (arXiv 2210.17323, algorithm 1)."""
+"""Our GPTQ against the published algorithm (arXiv 2210.17323) written column by column in torch."""
 
 from __future__ import annotations
 
