@@ -296,7 +296,7 @@ def test_the_plan_scales_with_the_work():
     assert large.output_bytes > small.output_bytes
 
 
-def test_bytes_on_disk_are_those_that_the_grids_promise(finished):
+def test_packed_bytes_are_those_that_the_grids_promise(finished):
     _, summary, _ = finished
     config = CONFIG
     promised = (

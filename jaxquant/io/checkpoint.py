@@ -166,11 +166,9 @@ def _numpy(tree: Any) -> Any:
 def _checkpointer() -> Any:
     import orbax.checkpoint as ocp
 
-    return ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(
-            params=ocp.PyTreeCheckpointHandler(), record=ocp.JsonCheckpointHandler()
-        )
-    )
+    # Without compression the bytes on disk are those that the grids promise, whatever the weights are.
+    params = ocp.PyTreeCheckpointHandler(use_compression=False)
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(params=params, record=ocp.JsonCheckpointHandler()))
 
 
 def _save(path: Path, *, params: Any, record: Any = None) -> None:
