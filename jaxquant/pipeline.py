@@ -284,6 +284,7 @@ def _quantize_block(
             seen = _observe_block(params, config, hidden[part], sliding=sliding, taps=taps)
             moments = seen if moments is None else {tap: merge(moments[tap], seen[tap]) for tap in taps}
         assert moments is not None
+        jax.block_until_ready(moments)  # else their time would count as that of the first linear
         for tap, paths in stage:
             for path in paths:
                 part, name = path.split(".")

@@ -93,9 +93,7 @@ def main() -> None:
                 "kl_stderr": result.kl_stderr,
                 "top1": result.top1,
             })  # fmt: skip
-            print(
-                f"W{bits} {name}: {rows[-1]['perplexity']:.3f} (original {rows[-1]['reference_perplexity']:.3f})"
-            )
+            print(f"W{bits} {name}: {rows[-1]['perplexity']:.3f} in {rows[-1]['seconds']:.0f} s", flush=True)
             RESULTS.mkdir(exist_ok=True)
             path.write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=1) + "\n")
             (RESULTS / "perplexity.md").write_text(_table(protocol, rows))
@@ -105,18 +103,20 @@ def _table(protocol: dict, rows: list[dict]) -> str:
     lines = [
         f"# {protocol['model']}, WikiText-2 test, first {protocol['windows']} windows of 2048, float32",
         "",
-        f"Original perplexity {rows[0]['reference_perplexity']:.3f}. Its weights are dequantized Q4_1, so they lie "
-        "on a 4-bit grid already, which flatters every 4-bit row.",
-        f"Asymmetric grids, group size 64, {rows[0]['effective_bits'] - rows[0]['bits']:.2f} bits of scale and zero "
-        f"per weight; calibration {protocol['samples']} x {protocol['seqlen']} tokens of the WikiText-2 train part.",
+        f"Original perplexity {rows[0]['reference_perplexity']:.3f}. Its weights are dequantized Q4_1: they "
+        "lie on a 4-bit grid already, which flatters every 4-bit row.",
+        "Asymmetric grids, group size 64, "
+        f"{rows[0]['effective_bits'] - rows[0]['bits']:.2f} bits of scale and zero per weight; calibration "
+        f"{protocol['samples']} x {protocol['seqlen']} tokens of the WikiText-2 train part, seed "
+        f"{protocol['seed']}.",
         "",
         "| method | bits | perplexity | KL to the original | top-1 agreement | mean layer error |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         lines.append(
-            f"| {row['method']} | {row['bits']} | {row['perplexity']:.3f} | {row['kl']:.4f} +- {row['kl_stderr']:.4f} "
-            f"| {100 * row['top1']:.2f} % | {row['mean_layer_error']:.3e} |"
+            f"| {row['method']} | {row['bits']} | {row['perplexity']:.3f} | {row['kl']:.4f} +- "
+            f"{row['kl_stderr']:.4f} | {100 * row['top1']:.2f} % | {row['mean_layer_error']:.3e} |"
         )
     return "\n".join(lines) + "\n"
 
