@@ -1,0 +1,47 @@
+"""`Problem`: what a method receives."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxquant.calibrate.moments import Moments
+from jaxquant.quant import Grid
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One layer to be rounded; a pytree, so whole stacks of problems `vmap`.
+
+    A *transform* is `Problem -> Problem`: it may change `weight` and nothing else. A *rounding* is
+    `Problem -> Rounded`. A *refinement* is `(Problem, Rounded) -> Rounded`. All judge errors against
+    `target`.
+
+    Attributes:
+      weight: `[..., in, out]`, what the next stage works on.
+      target: `[..., in, out]`, the original weight; no stage touches it.
+      moments: of the layer's inputs.
+      held_out: moments of other tokens, for choices that would over-fit on `moments`; or `None`.
+      grid: static; the grid of the result.
+    """
+
+    weight: Float[Array, "*stack in out"]
+    target: Float[Array, "*stack in out"]
+    moments: Moments
+    held_out: Moments | None
+    grid: Grid = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        weight: Float[Array, "*stack in out"],
+        moments: Moments,
+        grid: Grid,
+        *,
+        held_out: Moments | None = None,
+    ) -> Problem:
+        """The problem of an untouched layer."""
+        return cls(weight=weight, target=weight, moments=moments, held_out=held_out, grid=grid)
