@@ -1,5 +1,5 @@
 """Numerics that the methods share."""
 
-from jaxquant.linalg.psd import InverseFactor, damped_inverse_factor, upper_inverse_factor
+from jaxquant.linalg.psd import DampedFactor, damped_factor, upper_cholesky
 
-__all__ = ["InverseFactor", "damped_inverse_factor", "upper_inverse_factor"]
+__all__ = ["DampedFactor", "damped_factor", "upper_cholesky"]

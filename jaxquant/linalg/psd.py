@@ -13,8 +13,8 @@ _RUNGS = 11
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class InverseFactor:
-    """Upper triangular `U` with `(H + damping I)^-1 = U^T U`, and how it was obtained.
+class DampedFactor:
+    """Upper triangular `A` with `H + damping mean(diag H) I = A A^T`, and how it was obtained.
 
     Attributes:
       upper: `[n, n]`, positive diagonal, zeros below it.
@@ -30,22 +30,23 @@ class InverseFactor:
     fallback: Bool[Array, ""]
     finite: Bool[Array, ""]
 
+    @property
+    def inverse(self) -> Float[Array, "n n"]:
+        """GPTQ's factor: upper triangular `U = A^-1`, `(H + damping mean(diag H) I)^-1 = U^T U`."""
+        eye = jnp.eye(self.upper.shape[-1], dtype=self.upper.dtype)
+        return jax.lax.linalg.triangular_solve(self.upper, eye, left_side=True, lower=False)
 
-def upper_inverse_factor(h: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Upper `U` with `H^-1 = U^T U`, from one Cholesky factorization of the flipped matrix.
 
-    `M = chol(flip(H))`, `U = flip(M^-1)`: (2/3) n^3 flops instead of the (4/3) n^3 of factor, inverse and
-    factor, at the same accuracy. NaN where `H` is not positive definite.
+def upper_cholesky(h: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """Upper `A` with `H = A A^T`: the Cholesky factor of the flipped matrix, flipped back.
+
+    All NaN, or NaN from some pivot on, where `H` is not positive definite; `A[0, 0]` is the last pivot.
     """
-    lower = jnp.linalg.cholesky(h[::-1, ::-1], symmetrize_input=False)
-    inverse = jax.lax.linalg.triangular_solve(
-        lower, jnp.eye(h.shape[0], dtype=h.dtype), left_side=True, lower=True
-    )
-    return inverse[::-1, ::-1]
+    return jnp.linalg.cholesky(h[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
 
 
-def damped_inverse_factor(h: Float[Array, "n n"], percdamp: float | Array = 0.01) -> InverseFactor:
-    """`upper_inverse_factor(H + damping * mean(diag H) * I)` with a retry ladder.
+def damped_factor(h: Float[Array, "n n"], percdamp: float | Array = 0.01) -> DampedFactor:
+    """`upper_cholesky(H + damping * mean(diag H) * I)` with a retry ladder.
 
     The damping starts at `percdamp` and doubles after each failure, up to `1024 percdamp`, inside
     `lax.while_loop`: `jnp.linalg.cholesky` signals failure by NaN only, so the last pivot is tested. If every
@@ -56,8 +57,7 @@ def damped_inverse_factor(h: Float[Array, "n n"], percdamp: float | Array = 0.01
       h: symmetric, float32 or float64, unit free: any positive multiple gives the same result up to scale.
       percdamp: relative damping of the first rung, > 0.
     """
-    n = h.shape[0]
-    eye = jnp.eye(n, dtype=h.dtype)
+    eye = jnp.eye(h.shape[0], dtype=h.dtype)
     finite = jnp.all(jnp.isfinite(h))
     h = jnp.where(finite, h, eye)
     mean = jnp.mean(jnp.diagonal(h))
@@ -67,16 +67,14 @@ def damped_inverse_factor(h: Float[Array, "n n"], percdamp: float | Array = 0.01
     def climb(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         _, _, attempt = state
         damping = percdamp * jnp.exp2(attempt.astype(h.dtype))
-        upper = upper_inverse_factor(h + damping * mean * eye)
-        return upper, damping, attempt + 1
+        return upper_cholesky(h + damping * mean * eye), damping, attempt + 1
 
     def failed(upper: Array) -> Array:
-        # Row 0 of U comes last in the flipped factorization, so any earlier NaN has reached U[0, 0].
         return ~jnp.isfinite(upper[0, 0])
 
     start = (jnp.full_like(h, jnp.nan), percdamp, jnp.asarray(0, jnp.int32))
     upper, damping, attempts = jax.lax.while_loop(lambda s: failed(s[0]) & (s[2] < _RUNGS), climb, start)
     fallback = failed(upper)
     diagonal = jnp.maximum(jnp.diagonal(h), mean)
-    upper = jnp.where(fallback, jnp.diag(jax.lax.rsqrt(diagonal)), upper)
-    return InverseFactor(upper=upper, damping=damping, attempts=attempts, fallback=fallback, finite=finite)
+    upper = jnp.where(fallback, jnp.diag(jnp.sqrt(diagonal)), upper)
+    return DampedFactor(upper=upper, damping=damping, attempts=attempts, fallback=fallback, finite=finite)

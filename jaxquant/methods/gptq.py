@@ -12,11 +12,14 @@ from jaxtyping import Array, Float
 
 from jaxquant.calibrate.moments import Moments
 from jaxquant.errors import UsageError
-from jaxquant.linalg import damped_inverse_factor
+from jaxquant.linalg import damped_factor
 from jaxquant.methods.rounded import Rounded, Stats, layer_error
 from jaxquant.quant import Grid, working_dtype
 
 Groups = Literal["static", "dynamic"]
+
+# Rows that are fed back one by one; their errors stay in the cache of a core.
+_STRIP = 16
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "act_order", "groups", "block"))
@@ -30,15 +33,17 @@ def gptq(
     percdamp: float | Array = 0.01,
     block: int = 128,
 ) -> Rounded:
-    """Rounds the inputs of a layer one after another; each error is spread over the inputs that follow.
+    """Rounds the inputs of a layer one after another; each error is made up for by the inputs that follow.
 
-    With `H = sum x x^T + damping`, `H^-1 = U^T U`, U upper triangular, row k of the weight:
+    With `H = sum x x^T + damping = A A^T`, A upper triangular, row k of the weight becomes
 
-        q_k = Q(w_k),  e_k = (w_k - q_k) / U_kk,  w_j <- w_j - U_kj e_k   for j > k
+        q_k = Q(w_k + sum_{j<k} (A_jk / A_kk) (w_j - q_j))
 
-    which minimizes `tr(D^T H D)`, `D = q - w`, greedily. Rows are processed `block` at a time: a row first
-    receives the errors of all earlier blocks in one product, then those of its own block. The block size does
-    not change the result beyond rounding.
+    which minimizes `tr(D^T H D)`, `D = q - w`, greedily. The paper writes the same with `U = A^-1`: `e_k = (w'_k
+    - q_k) / U_kk`, `w'_j <- w'_j - U_kj e_k` for j > k. This form (QuIP's LDLQ, arXiv 2307.13304) gives the same
+    integers, needs no inverse and leaves the weight alone. Rows are processed `block` at a time: a row receives
+    the errors of all earlier blocks in one product, of its own block in strips, of its own strip one by one.
+    The block size does not change the result beyond rounding.
 
     Order of operations: inputs that were always 0 get weight 0 and the mean `H_dd` of the rest, which
     leaves the damping alone; static grids are fitted to the original order; `act_order` sorts inputs by
@@ -78,43 +83,61 @@ def gptq(
     scale, zero = grid.fit(w)
 
     order = jnp.argsort(-jnp.diagonal(h), stable=True) if act_order else jnp.arange(rows)
-    factor = damped_inverse_factor(h[order][:, order], percdamp)
+    factor = damped_factor(h[order][:, order], percdamp)
 
     block = group_rows if dynamic else min(block, rows)
+    strip = max(d for d in range(1, _STRIP + 1) if block % d == 0)
     pad = -rows % block
-    # Padding rows come last and have a unit factor, so they neither receive nor send anything.
+    # Padding rows come last and have no weight: nothing reaches a real row from them.
     w = jnp.pad(w[order], ((0, pad), (0, 0)))
-    upper = jnp.pad(factor.upper, ((0, pad), (0, pad)))
-    upper = upper + jnp.diag((jnp.arange(rows + pad) >= rows).astype(dtype))
+    feedback = jnp.pad(factor.upper / jnp.diagonal(factor.upper)[None, :], ((0, pad), (0, pad)))
     group = jnp.pad(jnp.arange(rows) // group_rows if dynamic else order // group_rows, (0, pad))
     one_group = dataclasses.replace(grid, group_size=None)
 
     def round_block(errors: Array, start: Array) -> tuple[Array, tuple[Array, Array, Array | None]]:
-        factor_columns = jax.lax.dynamic_slice_in_dim(upper, start, block, axis=1)
-        factor_block = jax.lax.dynamic_slice_in_dim(factor_columns, start, block, axis=0)
-        updated = jax.lax.dynamic_slice_in_dim(w, start, block, axis=0)
-        updated = updated - jnp.matmul(factor_columns.T, errors, precision="highest")
+        columns_of_block = _slice(feedback, start, block, axis=1)
+        inside = _slice(columns_of_block, start, block)
+        target = _slice(w, start, block)
+
+        def add_block(i: Array, received: Array) -> Array:
+            return received + _feed(
+                _slice(columns_of_block, i * block, block), _slice(errors, i * block, block)
+            )
+
+        received = jax.lax.fori_loop(0, start // block, add_block, jnp.zeros_like(target))
         if dynamic:
-            block_scale, block_zero = one_group.fit(updated)
+            # What is received so far, once the rows of the block make up for each other too: the paper's w'.
+            spread = jax.lax.linalg.triangular_solve(
+                inside, received, left_side=True, lower=False, transpose_a=True, unit_diagonal=True
+            )
+            block_scale, block_zero = one_group.fit(target + spread)
         else:
             block_scale, block_zero = scale, zero
 
-        def round_row(block_errors: Array, k: Array) -> tuple[Array, Array]:
-            feedback = jnp.matmul(factor_block[:, k], block_errors, precision="highest")
-            row = updated[k] - feedback
-            g = 0 if dynamic else group[start + k]
-            row_scale = block_scale[g][None]
-            row_zero = None if block_zero is None else block_zero[g][None]
-            code = one_group.quantize(row[None], row_scale, row_zero)
-            value = one_group.dequantize(code, row_scale, row_zero, dtype)[0]
-            return block_errors.at[k].set((row - value) / factor_block[k, k]), code[0]
+        def round_strip(block_errors: Array, offset: Array) -> tuple[Array, Array]:
+            columns_of_strip = _slice(inside, offset, strip, axis=1)
+            factor_strip = _slice(columns_of_strip, offset, strip)
+            weights = _slice(target, offset, strip)
+            updated = weights + _slice(received, offset, strip) + _feed(columns_of_strip, block_errors)
 
-        block_errors, codes = jax.lax.scan(round_row, jnp.zeros((block, columns), dtype), jnp.arange(block))
+            def round_row(strip_errors: Array, k: Array) -> tuple[Array, Array]:
+                row = updated[k] + _feed(factor_strip[:, k], strip_errors)
+                g = 0 if dynamic else group[start + offset + k]
+                row_scale = block_scale[g][None]
+                row_zero = None if block_zero is None else block_zero[g][None]
+                code = one_group.quantize(row[None], row_scale, row_zero)
+                value = one_group.dequantize(code, row_scale, row_zero, dtype)[0]
+                return strip_errors.at[k].set(weights[k] - value), code[0]
+
+            strip_errors, codes = jax.lax.scan(round_row, jnp.zeros_like(weights), jnp.arange(strip))
+            return jax.lax.dynamic_update_slice_in_dim(block_errors, strip_errors, offset, axis=0), codes
+
+        offsets = jnp.arange(0, block, strip)
+        block_errors, codes = jax.lax.scan(round_strip, jnp.zeros_like(target), offsets)
         errors = jax.lax.dynamic_update_slice_in_dim(errors, block_errors, start, axis=0)
         return errors, (codes, block_scale[:1], None if block_zero is None else block_zero[:1])
 
-    starts = jnp.arange(0, rows + pad, block)
-    _, (codes, scales, zeros) = jax.lax.scan(round_block, jnp.zeros((rows + pad, columns), dtype), starts)
+    _, (codes, scales, zeros) = jax.lax.scan(round_block, jnp.zeros_like(w), jnp.arange(0, rows + pad, block))
     codes, inverse = codes.reshape(-1, columns)[:rows], jnp.argsort(order)
     if dynamic:
         scale, zero = scales[:, 0], None if zeros is None else zeros[:, 0]
@@ -138,3 +161,12 @@ def gptq(
         stats=stats,
         grid=grid,
     )
+
+
+def _slice(a: Array, start: Array, size: int, axis: int = 0) -> Array:
+    return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
+
+
+def _feed(factor: Array, errors: Array) -> Array:
+    """Errors of some rows, passed on to the rows that the columns of `factor` stand for."""
+    return jnp.matmul(factor.T, errors, precision="highest")

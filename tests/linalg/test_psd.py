@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.linalg import damped_inverse_factor, upper_inverse_factor
+from jaxquant.linalg import damped_factor, upper_cholesky
 
-factor = jax.jit(damped_inverse_factor)
+factor = jax.jit(damped_factor)
 
 
 def second_moments(n: int, tokens: int, seed: int = 0) -> np.ndarray:
@@ -26,32 +26,36 @@ def with_eigenvalues(values: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def relative_error(result, h: np.ndarray) -> float:
-    """|U^T U (H + damping) - I| with the damping that was reported."""
+    """|U^T U - (H + damping)^-1| / |(H + damping)^-1| with the damping that was reported."""
     n = h.shape[0]
     mean = np.mean(np.diagonal(h))
     damped = h.astype(np.float64) + float(result.damping) * (mean if mean > 0 else 1) * np.eye(n)
-    u = np.asarray(result.upper, np.float64)
+    u = np.asarray(result.inverse, np.float64)
+    a = np.asarray(result.upper, np.float64)
+    assert np.linalg.norm(a @ a.T - damped) < 1e-5 * np.linalg.norm(damped)
     expected = np.linalg.inv(damped)
     return np.linalg.norm(u.T @ u - expected) / np.linalg.norm(expected)
 
 
 def assert_upper(result) -> None:
-    u = np.asarray(result.upper)
-    assert np.all(np.isfinite(u))
-    np.testing.assert_array_equal(np.tril(u, -1), 0)
-    assert np.all(np.diagonal(u) > 0)
+    for factor_ in (result.upper, result.inverse):
+        assert np.all(np.isfinite(factor_))
+        np.testing.assert_array_equal(np.tril(factor_, -1), 0)
+        assert np.all(np.diagonal(factor_) > 0)
 
 
 def test_equals_the_textbook_factor_in_float64():
     """cholesky -> inverse -> upper cholesky, as the published code does it."""
     h = second_moments(80, 200)
     with jax.enable_x64(True):
-        u = np.asarray(upper_inverse_factor(jnp.asarray(h)))
-        result = damped_inverse_factor(jnp.asarray(h))
+        a = np.asarray(upper_cholesky(jnp.asarray(h)))
+        result = damped_factor(jnp.asarray(h), 1e-15)
         assert result.upper.dtype == jnp.float64
+        u = np.asarray(result.inverse)
         assert relative_error(result, h) < 1e-10
     expected = np.linalg.cholesky(np.linalg.inv(h)).T
     np.testing.assert_allclose(u, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+    np.testing.assert_allclose(a @ a.T, h, rtol=0, atol=1e-10 * np.abs(h).max())
 
 
 def test_float32():
@@ -70,12 +74,12 @@ def test_float32():
 def test_unit_free(unit):
     h = second_moments(40, 100)
     base, scaled = factor(jnp.asarray(h, jnp.float32)), factor(jnp.asarray(unit * h, jnp.float32))
-    np.testing.assert_allclose(np.asarray(scaled.upper) * unit**0.5, base.upper, rtol=2e-3, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(scaled.upper) / unit**0.5, base.upper, rtol=2e-3, atol=1e-6)
 
 
-def test_upper_inverse_factor_says_nan_where_not_positive_definite():
+def test_upper_cholesky_says_nan_where_not_positive_definite():
     h = jnp.asarray(with_eigenvalues(np.r_[np.ones(9), -0.5]), jnp.float32)
-    assert not np.isfinite(float(upper_inverse_factor(h)[0, 0]))
+    assert not np.isfinite(float(upper_cholesky(h)[0, 0]))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +147,7 @@ def test_vmap_equals_a_loop_with_mixed_attempts():
         np.full((24, 24), np.nan),
     ]
     h = jnp.asarray(np.stack(stack), jnp.float32)
-    batched = jax.jit(jax.vmap(damped_inverse_factor))(h)
+    batched = jax.jit(jax.vmap(damped_factor))(h)
     loop = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[factor(m) for m in h])
     np.testing.assert_array_equal(batched.attempts, loop.attempts)
     assert len(set(np.asarray(loop.attempts).tolist())) >= 3

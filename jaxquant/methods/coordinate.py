@@ -1,0 +1,118 @@
+"""Coordinate descent on the integers of a rounded layer (MagR, arXiv 2406.00800; OSAQ-dagger, 2605.04738)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxquant.errors import UsageError
+from jaxquant.methods.problem import Problem
+from jaxquant.methods.rounded import Rounded, layer_error
+from jaxquant.quant import working_dtype
+
+_BLOCK = 128
+# Rows that change one by one; their changes stay in the cache of a core.
+_STRIP = 16
+
+
+@functools.partial(jax.jit, static_argnames="sweeps")
+def coordinate_descent(problem: Problem, rounded: Rounded, *, sweeps: int = 4) -> Rounded:
+    """Visits the inputs one after another and moves each integer to its best value, all others held.
+
+    With `W` the original weight, `Q` the rounded one and `R = H (W - Q)` the gradient, row k becomes
+
+        q_k <- Q(q_k + R_k / H_kk),   R_j <- R_j - H_jk (change of q_k)
+
+    `Q(.)` is the nearest level of the grid of `rounded`, which stays. A level is left only for one that is
+    strictly nearer, so `tr(D^T H D)`, `D = Q - W`, falls with every move and the fixed point is stable. Output
+    columns are independent and move together. The gradient is kept up to date lazily: a block of 128 rows
+    computes its own from `W - Q`, one product with the cost of the update it replaces, and keeps it within the
+    block alone. So rounding errors do not pile up over sweeps.
+
+    Args:
+      problem: `target` `[in, out]`, any float dtype, and the moments; computed in float32, or in float64 where
+        either is. `weight` is not read.
+      rounded: codes `[in, out]`, in the order of `rounded.order` if there is one. Rows are visited in the order
+        in which they lie.
+      sweeps: passes over all inputs; 2 to 4 suffice.
+
+    Returns:
+      `rounded` with other codes. `stats.error` is that against `problem.target`; the other statistics are
+      those of `rounded`. Inputs that were always 0 keep their codes.
+
+    Raises:
+      UsageError: `sweeps` is negative.
+    """
+    if sweeps < 0:
+        raise UsageError(f"sweeps={sweeps} is negative; use 0 to keep the codes, 2 to 4 to refine them")
+    grid, order = rounded.grid, rounded.order
+    dtype = working_dtype(problem.target.dtype, problem.moments.second.dtype)
+    w, h = problem.target.astype(dtype), problem.moments.second.astype(dtype)
+    if order is not None:
+        w, h = w[order], h[order][:, order]
+    rows, columns = w.shape
+    group_rows = rows // grid.groups(rows)
+    one_group = dataclasses.replace(grid, group_size=None)
+
+    block = min(_BLOCK, -(-rows // _STRIP) * _STRIP)
+    pad = -rows % block
+    diagonal = jnp.diagonal(h)
+    # 0 for dead inputs and for padding, which makes them stay.
+    inverse = jnp.pad(jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1), 0), (0, pad))
+    second = jnp.pad(h, ((0, pad), (0, pad)))
+    target = jnp.pad(w, ((0, pad), (0, 0)))
+    group = jnp.pad(jnp.arange(rows) // group_rows, (0, pad))
+
+    def visit_block(state: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
+        values, codes = state
+        rows_of_block = _slice(second, start, block)
+        inside = _slice(rows_of_block, start, block, axis=1)
+        gradient = _product(rows_of_block, target - values)
+
+        def visit_strip(changes: Array, offset: Array) -> tuple[Array, tuple[Array, Array]]:
+            rows_of_strip = _slice(inside, offset, _STRIP)
+            within = _slice(rows_of_strip, offset, _STRIP, axis=1)
+            strip_gradient = _slice(gradient, offset, _STRIP) - _product(rows_of_strip, changes)
+
+            def visit_row(strip_changes: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
+                k = start + offset + i
+                scale = rounded.scale[group[k]][None]
+                zero = None if rounded.zero is None else rounded.zero[group[k]][None]
+                best = values[k] + inverse[k] * (strip_gradient[i] - _product(within[i], strip_changes))
+                code = one_group.quantize(best[None], scale, zero)
+                value = one_group.dequantize(code, scale, zero, dtype)[0]
+                nearer = jnp.abs(value - best) < jnp.abs(values[k] - best)
+                value, code = jnp.where(nearer, value, values[k]), jnp.where(nearer, code[0], codes[k])
+                return strip_changes.at[i].set(value - values[k]), (value, code)
+
+            start_strip = jnp.zeros((_STRIP, columns), dtype)
+            strip_changes, visited = jax.lax.scan(visit_row, start_strip, jnp.arange(_STRIP))
+            return jax.lax.dynamic_update_slice_in_dim(changes, strip_changes, offset, axis=0), visited
+
+        start_block = jnp.zeros((block, columns), dtype)
+        _, visited = jax.lax.scan(visit_strip, start_block, jnp.arange(0, block, _STRIP))
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(whole, part.reshape(block, columns), start, axis=0)
+            for whole, part in zip(state, visited, strict=True)
+        ), None
+
+    def sweep(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        return jax.lax.scan(visit_block, state, jnp.arange(0, rows + pad, block))[0]
+
+    values = grid.dequantize(rounded.codes, rounded.scale, rounded.zero, dtype)
+    start = tuple(jnp.pad(a, ((0, pad), (0, 0))) for a in (values, rounded.codes))
+    values, codes = (a[:rows] for a in jax.lax.fori_loop(0, sweeps, sweep, start))
+    stats = dataclasses.replace(rounded.stats, error=layer_error(values, w, h))
+    return dataclasses.replace(rounded, codes=codes, stats=stats)
+
+
+def _slice(a: Array, start: Array, size: int, axis: int = 0) -> Array:
+    return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision="highest")
