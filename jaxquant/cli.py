@@ -64,7 +64,9 @@ GroupSizeOption = Annotated[
 def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", help="Folder for the quantized model.")],
-    recipe: Annotated[str, typer.Option("--recipe", help="gptq or rtn.")] = "gptq",
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="gptq, rtn, or a .toml file (which sets the grid too).")
+    ] = "gptq",
     bits: BitsOption = 4,
     group_size: GroupSizeOption = 64,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Symmetric grid, no zero points.")] = False,
@@ -112,22 +114,20 @@ def quantize(
     --json every event is one JSON line.
     """
     from jaxquant.quant import Grid
-    from jaxquant.recipe import Recipe
+    from jaxquant.recipe import GPTQ, named, read_toml
 
-    chosen = Recipe(
-        method=recipe,  # pyright: ignore[reportArgumentType]
-        grid=Grid(
+    if recipe.endswith(".toml"):
+        chosen = read_toml(Path(recipe))
+    else:
+        grid = Grid(
             bits=bits,
             group_size=group_size or None,
             symmetric=symmetric,
             convention=convention,  # pyright: ignore[reportArgumentType]
             clip="mse" if clip_search else "minmax",
-        ),
-        act_order=act_order,
-        groups=groups,  # pyright: ignore[reportArgumentType]
-        percdamp=percdamp,
-        true_sequential=true_sequential,
-    )
+        )
+        stage = GPTQ(act_order=act_order, groups=groups, percdamp=percdamp)  # pyright: ignore[reportArgumentType]
+        chosen = named(recipe, grid, gptq=stage, true_sequential=true_sequential)
     _quantize(
         model,
         chosen,
@@ -257,10 +257,10 @@ def demo(
     from jaxquant import jobs
     from jaxquant.io import load_model
     from jaxquant.quant import Grid
-    from jaxquant.recipe import Recipe
+    from jaxquant.recipe import named
 
     out = out or Path(f"jaxquant-demo-{Path(model).name}-w{bits}")
-    recipe = Recipe(method="gptq", grid=Grid(bits=bits, group_size=group_size or None, clip="mse"))
+    recipe = named("gptq", Grid(bits=bits, group_size=group_size or None, clip="mse"))
     _quantize(model, recipe, out, "corpus", 16, 512, 0, resume=True, dry_run=False, as_json=False)
     print("\nOn text that was not used for calibration:")
     with _bar("evaluating") as progress:

@@ -60,8 +60,8 @@ def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
     recipe = Recipe.from_dict(manifest["recipe"])
     run = {
         "model": manifest["source"]["name"],
-        "recipe_name": recipe.method,
-        "recipe": manifest["recipe"],
+        "recipe_name": " + ".join(stage.name or type(stage).__name__ for stage in recipe.stages),
+        "recipe": str(recipe),
         "grid": str(recipe.grid),
         "effective_bits": summary["effective_bits"],
         "bytes_before": summary["source_bytes"],

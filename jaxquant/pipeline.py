@@ -19,12 +19,12 @@ from jaxquant.calibrate.moments import Moments, merge, observe
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source
-from jaxquant.methods import rtn
+from jaxquant.methods import Problem, rtn
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.models.decoder import block as block_forward
 from jaxquant.models.decoder import embed
 from jaxquant.quant import QArray
-from jaxquant.recipe import Recipe
+from jaxquant.recipe import Recipe, to_toml
 
 Event = dict[str, Any]
 
@@ -60,11 +60,15 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
       UsageError: a group size does not divide the inputs of a linear (named).
     """
     shapes = {path: config.linear_shape(path) for path in checkpoint.PATHS}
-    for path, (rows, _) in shapes.items():
-        recipe.grid.groups(rows, where=f"blocks.*.{path}")
+    packed = 0.0
+    for index in range(config.num_layers):
+        for path, (n, m) in shapes.items():
+            module = f"blocks.{index}.{path}"
+            grid = recipe.at(module).grid
+            grid.groups(n, where=module)
+            packed += grid.effective_bits(n) / 8 * n * m
     tokens, layers = samples * seqlen, config.num_layers
     weights = sum(n * m for n, m in shapes.values())
-    packed = sum(recipe.grid.effective_bits(n) / 8 * n * m for n, m in shapes.values())
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     taps = [shapes[paths[0]][0] for _, paths in LINEARS]
     hessians = 4 * sum(n * n for n in taps)
@@ -75,18 +79,18 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
     # 450 MB: the interpreter, JAX and its compiler.
     peak = 450e6 + 4 * embeddings + 3 * 4 * weights + hessians + solve + activations
 
-    solves = sum(n * n * m * 4 + n**3 for n, m in shapes.values()) if recipe.method == "gptq" else 0
+    solves = len(recipe.stages) * sum(n * n * m * 4 + n**3 for n, m in shapes.values())
     passes = (1 + len(LINEARS)) if recipe.true_sequential else 2
     products = passes * 2 * tokens * weights + 2 * tokens * sum(n * n for n in taps)
     # The solve is a chain of small steps and runs at about a tenth of the speed of large products.
     seconds = layers * (products + 10 * solves) / _flops_per_second() + 20 + 0.3 * layers
     return Plan(
         peak_bytes=int(peak),
-        output_bytes=int(layers * packed + 2 * embeddings),
+        output_bytes=int(packed + 2 * embeddings),
         source_bytes=int(2 * (layers * weights + embeddings)),
         seconds=seconds,
         linears=layers * len(shapes),
-        effective_bits=8 * packed / weights,
+        effective_bits=8 * packed / (layers * weights),
     )
 
 
@@ -136,7 +140,7 @@ def quantize_model(
         },
     }
     manifest = {**identity, "config": config.to_dict(), "versions": versions(), "state": "running"}
-    finished = _prepare(folder, source, manifest, estimate, resume)
+    finished = _prepare(folder, source, recipe, manifest, estimate, resume)
     previous = checkpoint.read_manifest(folder)
     if previous["state"] == "complete":
         on_event({"event": "done", **previous["summary"]})
@@ -199,7 +203,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def _prepare(folder: Path, source: Source, manifest: Event, estimate: Plan, resume: bool) -> int:
+def _prepare(
+    folder: Path, source: Source, recipe: Recipe, manifest: Event, estimate: Plan, resume: bool
+) -> int:
     """Makes or checks the folder; returns the number of blocks that are already done."""
     if resume and checkpoint.is_checkpoint(folder):
         previous = checkpoint.read_manifest(folder)
@@ -225,6 +231,7 @@ def _prepare(folder: Path, source: Source, manifest: Event, estimate: Plan, resu
             )
         (folder / "blocks").mkdir(parents=True, exist_ok=True)
         checkpoint.write_manifest(folder, manifest)
+        (folder / "recipe.toml").write_text(to_toml(recipe))
     if not (folder / "tokenizer.json").is_file():
         source.tokenizer().save(str(folder / "tokenizer.json"))
     return checkpoint.finished_blocks(folder)
@@ -309,7 +316,9 @@ def _quantize_linear(
 ) -> tuple[QArray, Event]:
     begun = time.monotonic()
     module = f"blocks.{index}.{path}"
-    rounded = recipe(kernel, moments)
+    grid = recipe.at(module).grid
+    problem = Problem.of(kernel, moments, grid)
+    rounded = recipe.at(module)(problem)
     stats = jax.tree.map(np.asarray, rounded.stats)
     if not stats.finite:
         which = "its weight" if not bool(jnp.all(jnp.isfinite(kernel))) else "the activations that enter it"
@@ -318,14 +327,14 @@ def _quantize_linear(
         )
     packed = rounded.pack()
     seconds = time.monotonic() - begun
-    error_rtn = stats.error if recipe.method == "rtn" else rtn(kernel, moments, recipe.grid).stats.error
+    error_rtn = rtn(kernel, moments, grid).stats.error
     row = {
         "module": module,
         "block": index,
         "linear": path,
         "shape": list(packed.shape),
-        "bits": recipe.grid.bits,
-        "group_size": recipe.grid.group_size,
+        "bits": grid.bits,
+        "group_size": grid.group_size,
         "error_rtn": float(error_rtn),
         "error": float(stats.error),
         "damping": float(stats.damping),

@@ -1,70 +1,330 @@
-"""`Recipe`: a named method with its grid and options - what is done to every linear of a model."""
+"""Recipes: stages composed into what is done to every linear of a model.
+
+    chain(OSAQ(eta=1e3), GPTQ(), CoordinateDescent(sweeps=4), grid=Grid(bits=2, group_size=64))
+
+A stage is a frozen dataclass of options. A `Transform` maps `Problem -> Problem`, a `Rounding` maps
+`Problem -> Rounded`, a `Refinement` maps `(Problem, Rounded) -> Rounded`; a chain has transforms, one
+rounding, then refinements. A recipe is called with the problem of one layer, under `jit` and `vmap` too; it
+is JSON and TOML both ways.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import json
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
-from jaxtyping import Array, Float
+import jax
+import jax.numpy as jnp
 
-from jaxquant.calibrate.moments import Moments
-from jaxquant.errors import UsageError
-from jaxquant.methods import Rounded, gptq, rtn
+from jaxquant.errors import InputError, UsageError
+from jaxquant.methods import Problem, Rounded, gptq, layer_error, rtn
+from jaxquant.methods.gptq import Groups
 from jaxquant.quant import Grid
 
-Method = Literal["rtn", "gptq"]
-METHODS: tuple[str, ...] = ("rtn", "gptq")
+_STAGES: dict[str, type[Stage]] = {}
+_S = TypeVar("_S", bound="type[Stage]")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """One method on one grid; `recipe(weight, moments)` rounds one layer, under `jit` and `vmap` too.
+class Stage:
+    """Base of all stages; `name` is the one that files use."""
 
-    Attributes:
-      method: `"rtn"` or `"gptq"`.
-      grid: see `Grid`. The named recipes search the clip (`clip="mse"`).
-      act_order, groups, percdamp: options of `gptq`.
-      true_sequential: linears of a block are calibrated with the block's earlier linears already quantized.
-    """
+    name: ClassVar[str] = ""
 
-    method: Method = "gptq"
-    grid: Grid
-    act_order: bool = True
-    groups: Literal["static", "dynamic"] = "static"
-    percdamp: float = 0.01
-    true_sequential: bool = False
 
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"unknown recipe {self.method!r}; use one of {', '.join(METHODS)}")
-        if self.groups not in ("static", "dynamic"):
-            raise UsageError(f"unknown groups {self.groups!r}; use static or dynamic")
-        if not self.percdamp > 0:
-            raise UsageError(f"percdamp={self.percdamp} must be positive; 0.001 to 0.05 is usual")
+class Transform(Stage):
+    """Changes `problem.weight` before it is rounded."""
 
-    def __call__(self, weight: Float[Array, "in out"], moments: Moments) -> Rounded:
-        """The rounded layer; see `jaxquant.methods`."""
-        if self.method == "rtn":
-            return rtn(weight, moments, self.grid)
-        return gptq(
-            weight, moments, self.grid, act_order=self.act_order, groups=self.groups, percdamp=self.percdamp
-        )
+    def __call__(self, problem: Problem) -> Problem:
+        """The changed problem."""
+        raise NotImplementedError
+
+
+class Rounding(Stage):
+    """Puts `problem.weight` on `problem.grid`."""
+
+    def __call__(self, problem: Problem) -> Rounded:
+        """The rounded weight; its error is against `problem.weight`."""
+        raise NotImplementedError
+
+
+class Refinement(Stage):
+    """Improves a rounding with respect to `problem.target`."""
+
+    def __call__(self, problem: Problem, rounded: Rounded) -> Rounded:
+        """The improved rounding."""
+        raise NotImplementedError
+
+
+def register(name: str) -> Callable[[_S], _S]:
+    """Class decorator: recipes with this stage can be saved, and loaded where the decorator has run."""
+
+    def add(stage: _S) -> _S:
+        stage.name = name
+        _STAGES[name] = stage
+        return stage
+
+    return add
+
+
+@register("rtn")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RTN(Rounding):
+    """Rounding to nearest; see `methods.rtn`."""
+
+    def __call__(self, problem: Problem) -> Rounded:
+        """See `methods.rtn.rtn`."""
+        return rtn(problem.weight, problem.moments, problem.grid)
 
     def __str__(self) -> str:
-        parts = [self.method.upper(), str(self.grid)]
-        if self.method == "gptq":
-            parts.append("act-order" if self.act_order else "no act-order")
-            parts.append(f"{self.groups} groups")
-            parts.append(f"damping {self.percdamp:g}")
+        return "RTN"
+
+
+@register("gptq")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPTQ(Rounding):
+    """Error feedback through the inverse Hessian; options as in `methods.gptq.gptq`."""
+
+    act_order: bool = True
+    groups: Groups = "static"
+    percdamp: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.percdamp > 0:
+            raise UsageError(f"percdamp={self.percdamp} must be positive; 0.001 to 0.05 is usual")
+        if self.groups not in ("static", "dynamic"):
+            raise UsageError(f"unknown groups {self.groups!r}; use static or dynamic")
+
+    def __call__(self, problem: Problem) -> Rounded:
+        """See `methods.gptq.gptq`."""
+        options = {"act_order": self.act_order, "groups": self.groups, "percdamp": self.percdamp}
+        return gptq(problem.weight, problem.moments, problem.grid, **options)
+
+    def __str__(self) -> str:
+        order = "act-order" if self.act_order else "no act-order"
+        return f"GPTQ ({order}, {self.groups} groups, damping {self.percdamp:g})"
+
+
+@register("masked")
+@dataclasses.dataclass(frozen=True)
+class Masked(Stage):
+    """`stage` where `pattern` (a regular expression) is found in the module's path, nothing elsewhere."""
+
+    stage: Stage
+    pattern: str
+
+    def __str__(self) -> str:
+        return f"{self.stage} where {self.pattern}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A grid and a chain of stages; build it with `chain` or `named`.
+
+    Attributes:
+      grid: of the result.
+      stages: transforms, one rounding, refinements.
+      true_sequential: linears of a block are calibrated with the block's earlier linears already quantized.
+      rules: `(pattern, recipe)`: the first pattern found in a module's path replaces this recipe for it.
+    """
+
+    grid: Grid
+    stages: tuple[Stage, ...]
+    true_sequential: bool = False
+    rules: tuple[tuple[str, Recipe], ...] = ()
+
+    def __post_init__(self) -> None:
+        ranks = [_rank(stage) for stage in self.stages]
+        if ranks != sorted(ranks) or ranks.count(1) != 1:
+            shown = ", ".join(map(str, self.stages)) or "nothing"
+            raise UsageError(f"a chain is transforms, one rounding, refinements; got {shown}")
+
+    def __call__(self, problem: Problem) -> Rounded:
+        """The rounded layer, `stats.error` against `problem.target`.
+
+        Masked stages and rules need a path: call `recipe.at(path)` first.
+        """
+        rounded, moved = None, False
+        for stage in self.stages:
+            if isinstance(stage, Transform):
+                problem, moved = stage(problem), True
+            elif isinstance(stage, Rounding):
+                rounded = stage(problem)
+                rounded = _against_target(problem, rounded) if moved else rounded
+            elif isinstance(stage, Refinement) and rounded is not None:
+                rounded = stage(problem, rounded)
+            else:
+                raise UsageError(f"{stage} depends on the module; call recipe.at(path) first")
+        assert rounded is not None
+        return rounded
+
+    def at(self, path: str) -> Recipe:
+        """The recipe of the module at `path` (`blocks.3.mlp.down`): rules and masks resolved."""
+        for pattern, recipe in self.rules:
+            if re.search(pattern, path):
+                return recipe.at(path)
+        kept = []
+        for stage in self.stages:
+            if not isinstance(stage, Masked):
+                kept.append(stage)
+            elif re.search(stage.pattern, path):
+                kept.append(stage.stage)
+        return dataclasses.replace(self, stages=tuple(kept), rules=())
+
+    def __str__(self) -> str:
+        parts = [" + ".join(map(str, self.stages)), str(self.grid)]
         if self.true_sequential:
             parts.append("true-sequential")
+        parts += [f"[{pattern}: {recipe}]" for pattern, recipe in self.rules]
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` inverts it."""
-        return dataclasses.asdict(self)
+        return {
+            "grid": self.grid.to_dict(),
+            "stages": [_stage_to_dict(stage) for stage in self.stages],
+            "true_sequential": self.true_sequential,
+            "rules": [{"pattern": pattern, "recipe": recipe.to_dict()} for pattern, recipe in self.rules],
+        }
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Recipe:
-        """The recipe that `to_dict` wrote."""
-        return cls(**{**fields, "grid": Grid(**fields["grid"])})
+    def from_dict(cls, fields: Mapping[str, Any]) -> Recipe:
+        """The recipe that `to_dict` wrote; missing fields keep their defaults.
+
+        Raises:
+          UsageError: unknown stages or options.
+        """
+        unknown = set(fields) - {"grid", "stages", "true_sequential", "rules"}
+        if unknown:
+            raise UsageError(f"unknown recipe fields {', '.join(sorted(unknown))}")
+        return cls(
+            grid=_build(Grid, "grid", fields.get("grid", {})),
+            stages=tuple(_stage_from_dict(stage) for stage in fields.get("stages", ())),
+            true_sequential=fields.get("true_sequential", False),
+            rules=tuple((r["pattern"], cls.from_dict(r["recipe"])) for r in fields.get("rules", ())),
+        )
+
+
+def to_toml(recipe: Recipe) -> str:
+    """`recipe` as the text of a file that `read_toml` reads and people edit."""
+
+    def value(v: Any) -> str:
+        if isinstance(v, Mapping):
+            return "{ " + ", ".join(f"{k} = {value(x)}" for k, x in v.items() if x is not None) + " }"
+        if isinstance(v, (list, tuple)):
+            return "[" + "".join(f"\n  {value(x)}," for x in v) + ("\n]" if v else "]")
+        return json.dumps(v)
+
+    return "".join(f"{key} = {value(entry)}\n" for key, entry in recipe.to_dict().items())
+
+
+def read_toml(path: Path) -> Recipe:
+    """The recipe in a TOML file.
+
+    Raises:
+      InputError: the file is missing or no TOML.
+      UsageError: unknown stages or options.
+    """
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give the name of a recipe or a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no TOML file: {error}") from None
+    return Recipe.from_dict(fields)
+
+
+def chain(*stages: Stage, grid: Grid, true_sequential: bool = False) -> Recipe:
+    """Stages one after another: transforms, one rounding, refinements.
+
+    Raises:
+      UsageError: another order, no rounding, or more than one.
+    """
+    return Recipe(grid=grid, stages=stages, true_sequential=true_sequential)
+
+
+def masked(stage: Stage, pattern: str) -> Masked:
+    """`stage` only for modules in whose path the regular expression `pattern` is found."""
+    _check_pattern(pattern)
+    return Masked(stage, pattern)
+
+
+def by_path(rules: Mapping[str, Recipe], default: Recipe) -> Recipe:
+    """`default`, except where a regular expression is found in the module's path; the first match counts."""
+    for pattern in rules:
+        _check_pattern(pattern)
+    return dataclasses.replace(default, rules=(*rules.items(), *default.rules))
+
+
+NAMES: dict[str, Callable[[GPTQ], tuple[Stage, ...]]] = {
+    "rtn": lambda gptq: (RTN(),),
+    "gptq": lambda gptq: (gptq,),
+}
+
+
+def named(name: str, grid: Grid, *, gptq: GPTQ | None = None, true_sequential: bool = False) -> Recipe:
+    """The recipe of that name on `grid`; `gptq` replaces its GPTQ stage where it has one.
+
+    Raises:
+      UsageError: there is no such name.
+    """
+    if name not in NAMES:
+        raise UsageError(f"unknown recipe {name!r}; use one of {', '.join(NAMES)}, or a .toml file")
+    return chain(*NAMES[name](gptq or GPTQ()), grid=grid, true_sequential=true_sequential)
+
+
+@jax.jit
+def _against_target(problem: Problem, rounded: Rounded) -> Rounded:
+    """`rounded` with its error measured against `problem.target`, which transforms have moved away from."""
+    values = rounded.pack().dequantize(problem.moments.second.dtype)
+    error = layer_error(values, problem.target.astype(values.dtype), problem.moments.second)
+    finite = rounded.stats.finite & jnp.all(jnp.isfinite(problem.target))
+    return dataclasses.replace(rounded, stats=dataclasses.replace(rounded.stats, error=error, finite=finite))
+
+
+def _rank(stage: Stage) -> int:
+    """0, 1, 2 for transforms, roundings, refinements."""
+    stage = stage.stage if isinstance(stage, Masked) else stage
+    for rank, kind in enumerate((Transform, Rounding, Refinement)):
+        if isinstance(stage, kind):
+            return rank
+    raise UsageError(f"{stage!r} is no stage: derive it from Transform, Rounding or Refinement")
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
+
+
+def _stage_to_dict(stage: Stage) -> dict[str, Any]:
+    if not stage.name:
+        raise UsageError(f"{type(stage).__name__} cannot be saved; decorate the class with @register(name)")
+    if isinstance(stage, Masked):
+        return {"stage": stage.name, "pattern": stage.pattern, "of": _stage_to_dict(stage.stage)}
+    return {"stage": stage.name, **dataclasses.asdict(stage)}  # pyright: ignore[reportArgumentType]
+
+
+def _stage_from_dict(fields: Mapping[str, Any]) -> Stage:
+    options = dict(fields)
+    name = options.pop("stage", None)
+    if name not in _STAGES:
+        raise UsageError(f"unknown stage {name!r}; there are {', '.join(sorted(_STAGES))}")
+    if name == Masked.name:
+        return masked(_stage_from_dict(options["of"]), options["pattern"])
+    return _build(_STAGES[name], name, options)
+
+
+def _build(kind: Any, name: str, options: Mapping[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = set(options) - known
+    if unknown:
+        raise UsageError(
+            f"{name}: unknown options {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}"
+        )
+    return kind(**options)

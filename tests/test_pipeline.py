@@ -22,13 +22,14 @@ from jaxquant.models.config import ModelConfig
 from jaxquant.models.decoder import block, embed, forward, init_params
 from jaxquant.pipeline import plan, quantize_model, read_rows
 from jaxquant.quant import Grid, QArray
-from jaxquant.recipe import Recipe
+from jaxquant.recipe import GPTQ, named
 
 CONFIG = ModelConfig(
     family="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4,
     num_kv_heads=2, head_dim=8, query_scale=8**-0.5, tie_embeddings=True, max_position=64,
 )  # fmt: skip
 GRID = Grid(bits=3, group_size=16, clip="mse")
+RECIPE = named("gptq", GRID)
 
 
 class MemorySource:
@@ -69,7 +70,7 @@ def finished(params, tokens, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "q"
     events = []
     summary = quantize_model(
-        MemorySource(params), Recipe(grid=GRID), tokens, folder, on_event=events.append, describe={"seed": 0}
+        MemorySource(params), RECIPE, tokens, folder, on_event=events.append, describe={"seed": 0}
     )
     return folder, summary, events
 
@@ -146,10 +147,10 @@ def test_reload_is_bit_exact_and_runs(finished, tokens):
 
 
 @pytest.mark.parametrize("recipe", [
-    Recipe(method="rtn", grid=GRID),
-    Recipe(grid=GRID, true_sequential=True),
-    Recipe(grid=GRID, groups="dynamic"),
-    Recipe(grid=Grid(bits=4, symmetric=True)),
+    named("rtn", GRID),
+    named("gptq", GRID, true_sequential=True),
+    named("gptq", GRID, gptq=GPTQ(groups="dynamic")),
+    named("gptq", Grid(bits=4, symmetric=True)),
 ], ids=str)  # fmt: skip
 def test_every_option_gives_a_loadable_model(recipe, params, tokens, tmp_path):
     quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q")
@@ -164,7 +165,7 @@ def test_resume_after_an_interrupt_is_bit_identical(stop, finished, params, toke
     with pytest.raises(KeyboardInterrupt):
         quantize_model(
             MemorySource(params, fail_at=stop),
-            Recipe(grid=GRID),
+            RECIPE,
             tokens,
             tmp_path / "q",
             describe={"seed": 0},
@@ -177,7 +178,7 @@ def test_resume_after_an_interrupt_is_bit_identical(stop, finished, params, toke
         load_model(str(tmp_path / "q"))
     events = []
     quantize_model(
-        MemorySource(params), Recipe(grid=GRID), tokens, tmp_path / "q", resume=True, on_event=events.append,
+        MemorySource(params), RECIPE, tokens, tmp_path / "q", resume=True, on_event=events.append,
         describe={"seed": 0},
     )  # fmt: skip
     assert sum(e["event"] == "row" for e in events) == 7 * (3 - stop)
@@ -192,27 +193,27 @@ def test_resume_refuses_another_model_recipe_or_text(finished, params, tokens):
         quantize_model(source, recipe, tokens, folder, resume=True, describe={"seed": 0})
 
     with pytest.raises(UsageError, match=r"started with another source: fingerprint was .* give the model"):
-        resume(MemorySource(other), Recipe(grid=GRID), tokens)
-    with pytest.raises(UsageError, match="started with another recipe: act_order was True, is False"):
-        resume(MemorySource(params), Recipe(grid=GRID, act_order=False), tokens)
+        resume(MemorySource(other), RECIPE, tokens)
+    with pytest.raises(UsageError, match="started with another recipe: stages was"):
+        resume(MemorySource(params), named("gptq", GRID, gptq=GPTQ(act_order=False)), tokens)
     with pytest.raises(UsageError, match="started with another calibration: tokens_sha256"):
-        resume(MemorySource(params), Recipe(grid=GRID), tokens[::-1].copy())
+        resume(MemorySource(params), RECIPE, tokens[::-1].copy())
 
 
 def test_existing_folders_are_not_overwritten(finished, params, tokens, tmp_path):
     with pytest.raises(UsageError, match="holds a quantized model; give --resume"):
-        quantize_model(MemorySource(params), Recipe(grid=GRID), tokens, finished[0])
+        quantize_model(MemorySource(params), RECIPE, tokens, finished[0])
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="exists and is not empty; give another --out"):
-        quantize_model(MemorySource(params), Recipe(grid=GRID), tokens, tmp_path)
+        quantize_model(MemorySource(params), RECIPE, tokens, tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_group_size_that_does_not_divide_is_refused_before_anything_is_written(params, tokens, tmp_path):
     with pytest.raises(
-        UsageError, match=r"blocks\.\*\.mlp\.down: 48 inputs are not divisible by group_size=32"
+        UsageError, match=r"blocks\.0\.mlp\.down: 48 inputs are not divisible by group_size=32"
     ):
-        quantize_model(MemorySource(params), Recipe(grid=Grid(group_size=32)), tokens, tmp_path / "q")
+        quantize_model(MemorySource(params), named("gptq", Grid(group_size=32)), tokens, tmp_path / "q")
     assert not (tmp_path / "q").exists()
 
 
@@ -227,12 +228,12 @@ def test_nan_is_an_error_that_names_the_module(path, place, params, tokens, tmp_
     else:
         blocks["mlp"]["up"] = {"kernel": blocks["mlp"]["up"]["kernel"].at[1, 3, 4].set(jnp.nan)}
     with pytest.raises(NonFiniteError, match=place):
-        quantize_model(MemorySource({**params, "blocks": blocks}), Recipe(grid=GRID), tokens, tmp_path / "q")
+        quantize_model(MemorySource({**params, "blocks": blocks}), RECIPE, tokens, tmp_path / "q")
 
 
 def test_dead_inputs_are_counted(params, tokens, tmp_path):
     blocks = {**params["blocks"], "mlp_norm": params["blocks"]["mlp_norm"].at[:, 5].set(0)}
-    quantize_model(MemorySource({**params, "blocks": blocks}), Recipe(grid=GRID), tokens, tmp_path / "q")
+    quantize_model(MemorySource({**params, "blocks": blocks}), RECIPE, tokens, tmp_path / "q")
     rows, _ = read_rows(tmp_path / "q")
     assert {row["linear"] for row in rows if row["dead"] == 1} == {"mlp.gate", "mlp.up"}
 
@@ -253,7 +254,7 @@ def test_a_full_disk_is_reported_and_the_run_resumes(finished, params, tokens, t
     monkeypatch.setattr(
         checkpoint, "_checkpointer", lambda: Full() if (folder / "blocks" / "001").exists() else save()
     )
-    arguments = (MemorySource(params), Recipe(grid=GRID), tokens, folder)
+    arguments = (MemorySource(params), RECIPE, tokens, folder)
     with pytest.raises(InputError, match=r"blocks.002: the disk is full; free some space .* --resume"):
         quantize_model(*arguments, describe={"seed": 0})
     monkeypatch.setattr(checkpoint, "_checkpointer", save)
@@ -265,7 +266,7 @@ def test_too_little_space_is_noticed_before_work_starts(params, tokens, tmp_path
     usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match=r"needs .* MB, the disk has 0 MB free"):
-        quantize_model(MemorySource(params), Recipe(grid=GRID), tokens, tmp_path / "q")
+        quantize_model(MemorySource(params), RECIPE, tokens, tmp_path / "q")
     assert not (tmp_path / "q").exists()
 
 
@@ -288,10 +289,10 @@ def test_damaged_checkpoints_are_named(finished, tmp_path):
 
 
 def test_the_plan_scales_with_the_work():
-    small = plan(CONFIG, Recipe(grid=GRID), samples=4, seqlen=16)
+    small = plan(CONFIG, RECIPE, samples=4, seqlen=16)
     assert small.linears == 21
     assert small.effective_bits == pytest.approx(5)
-    large = plan(CONFIG, Recipe(grid=Grid(bits=8, group_size=16)), samples=4000, seqlen=64)
+    large = plan(CONFIG, named("gptq", Grid(bits=8, group_size=16)), samples=4000, seqlen=64)
     assert large.peak_bytes > small.peak_bytes
     assert large.output_bytes > small.output_bytes
 

@@ -15,28 +15,6 @@ _COLUMNS = (
     "module", "shape", "bits", "group", "RTN error", "error", "ratio", "damping", "attempts", "seconds",
 )  # fmt: skip
 
-# (option, value) of a recipe or its grid, in words; what is not here is shown as `option value`.
-_WORDS: dict[tuple[str, Any], str] = {
-    ("clip", "mse"): "clip searched for the least squared error",
-    ("clip", "minmax"): "no clip search (min-max range)",
-    ("symmetric", True): "symmetric grid",
-    ("symmetric", False): "asymmetric grid",
-    ("act_order", True): "inputs ordered by activation energy (act-order)",
-    ("act_order", False): "inputs in their natural order",
-    ("groups", "static"): "static groups",
-    ("groups", "dynamic"): "dynamic groups",
-    ("true_sequential", True): "true-sequential inside a block",
-    ("true_sequential", False): "all linears of a block calibrated together",
-    ("group_size", None): "one group per column",
-}
-_TEMPLATES = {
-    "percdamp": "damping {:g} of the mean diagonal",
-    "bits": "{} bits",
-    "group_size": "groups of {}",
-    "convention": "{} range",
-    "scale_dtype": "scales in {}",
-}
-
 
 def write_report(
     folder: str | Path,
@@ -49,7 +27,7 @@ def write_report(
 
     Args:
       folder: an existing folder; an older report in it is replaced.
-      run: `model`, `recipe` (dict), `recipe_name`, `grid` (in words), `effective_bits`, `bytes_before`,
+      run: `model`, `recipe` (in words), `recipe_name`, `grid` (in words), `effective_bits`, `bytes_before`,
         `bytes_after`, `calibration`, `samples`, `seqlen`, `tokens`, `seed`, `seconds`, `versions` (dict), and
         optionally `evaluation`: any of `perplexity_before`, `perplexity_after`, `kl`, `kl_stderr`, `top1`,
         `text`, `tokens`.
@@ -142,7 +120,7 @@ def _facts(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     samples = f"{run['samples']} windows of {run['seqlen']}"
     facts = [
         ("Grid", str(run["grid"])),
-        ("Recipe", f"{run['recipe_name']}: {', '.join(_words(run['recipe']))}"),
+        ("Recipe", str(run["recipe"])),
         ("Calibration", f"{run['calibration']}: {run['tokens']:,} tokens, {samples}"),
         ("Seed", str(run["seed"])),
         ("Linears", f"{len(rows)}{_incidents(rows)}"),
@@ -150,22 +128,6 @@ def _facts(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     ]
     body = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts)
     return f"<dl>{body}</dl>"
-
-
-def _words(options: dict[str, Any]) -> list[str]:
-    """The options of a recipe, its grid included, in words."""
-    words = []
-    for name, value in options.items():
-        if isinstance(value, dict):
-            words += _words(value)
-        elif name == "method" or (name == "convention" and not options.get("symmetric")):
-            # The method is the headline; the range convention is one of symmetric grids.
-            continue
-        elif isinstance(value, (str, int, float, type(None))) and (name, value) in _WORDS:
-            words.append(_WORDS[name, value])
-        elif value is not None:
-            words.append(_TEMPLATES.get(name, name.replace("_", " ") + " {}").format(value))
-    return words
 
 
 def _incidents(rows: Sequence[dict[str, Any]]) -> str:

@@ -53,21 +53,7 @@ def make_histogram(module: str, bits: int) -> dict:
 def make_run(**changes) -> dict:
     return {
         "model": "smollm2-135m",
-        "recipe": {
-            "method": "gptq",
-            "act_order": True,
-            "groups": "static",
-            "percdamp": 0.01,
-            "true_sequential": False,
-            "grid": {
-                "bits": 4,
-                "group_size": 64,
-                "symmetric": False,
-                "convention": "half-step",
-                "clip": "mse",
-                "scale_dtype": "float16",
-            },
-        },
+        "recipe": "GPTQ (act-order, static groups, damping 0.01), W4 g64 asymmetric, mse clip search",
         "recipe_name": "gptq",
         "grid": "W4 g64 asymmetric, mse clip search",
         "effective_bits": 4.5,

@@ -75,7 +75,7 @@ def test_page_tells_everything_about_the_run(report):
     for fact in (
         "smollm2-135m", "W4 g64 asymmetric, mse clip search", "4.50", "2.31\u00d7", "269 MB", "116 MB",
         "embedded corpus", "8,192 tokens", "16 windows of 512", "act-order", "static groups",
-        "clip searched", "Seed", "4 min 14 s", "jax 0.10.2", "22.913", "original 21.994", "0.0412", "88.7 %",
+        "clip search", "Seed", "4 min 14 s", "jax 0.10.2", "22.913", "original 21.994", "0.0412", "88.7 %",
         "1 needed more damping", "576\u00d71536",
     ):  # fmt: skip
         assert fact in text

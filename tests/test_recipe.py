@@ -1,0 +1,179 @@
+"""Recipes: composition, paths, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant.calibrate.moments import observe
+from jaxquant.errors import InputError, UsageError
+from jaxquant.methods import Problem, Rounded, gptq, layer_error, rtn
+from jaxquant.quant import Grid
+from jaxquant.recipe import (
+    GPTQ,
+    NAMES,
+    RTN,
+    Recipe,
+    Refinement,
+    Transform,
+    by_path,
+    chain,
+    masked,
+    named,
+    read_toml,
+    register,
+    to_toml,
+)
+
+GRID = Grid(bits=3, group_size=16, clip="mse")
+
+
+@register("test-shrink")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shrink(Transform):
+    factor: float = 0.9
+
+    def __call__(self, problem: Problem) -> Problem:
+        return dataclasses.replace(problem, weight=self.factor * problem.weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing(Refinement):
+    def __call__(self, problem: Problem, rounded: Rounded) -> Rounded:
+        return rounded
+
+
+@pytest.fixture(scope="module")
+def layer():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(256, 32)) @ (rng.normal(size=(32, 32)) * np.exp(-np.arange(32) / 8)[:, None])
+    return jnp.asarray(rng.normal(size=(32, 12)), jnp.float32), observe(jnp.asarray(x, jnp.float32))
+
+
+def assert_same(a: Rounded, b: Rounded) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_named_recipes_are_the_strong_forms(layer):
+    problem = Problem.of(*layer, GRID)
+    assert_same(named("rtn", GRID)(problem), rtn(*layer, GRID))
+    assert_same(
+        named("gptq", GRID)(problem), gptq(*layer, GRID, act_order=True, groups="static", percdamp=0.01)
+    )
+    assert str(named("gptq", GRID)) == (
+        "GPTQ (act-order, static groups, damping 0.01), W3 g16 asymmetric, mse clip search"
+    )
+
+
+def test_errors_are_against_the_original_weight(layer):
+    weight, moments = layer
+    rounded = chain(Shrink(factor=0.5), RTN(), Nothing(), grid=GRID)(Problem.of(weight, moments, GRID))
+    assert_same(
+        dataclasses.replace(rounded, stats=None),
+        dataclasses.replace(rtn(0.5 * weight, moments, GRID), stats=None),
+    )
+    expected = layer_error(rounded.pack().dequantize(), weight, moments.second)
+    assert rounded.stats.error == pytest.approx(float(expected), rel=1e-5)
+    assert rounded.stats.error > 0.1  # half of the weight is gone
+
+
+def test_recipes_run_under_jit_and_vmap(layer):
+    weight, moments = layer
+    recipe = chain(Shrink(), GPTQ(), Nothing(), grid=GRID)
+    weights = jnp.stack([weight, 2 * weight, -weight])
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf, leaf]), moments)
+    together = jax.vmap(lambda w, m: recipe(Problem.of(w, m, GRID)))(weights, stacked)
+    for i in range(3):
+        one = jax.jit(recipe)(Problem.of(weights[i], moments, GRID))
+        np.testing.assert_array_equal(together.codes[i], one.codes)
+        np.testing.assert_allclose(together.stats.error[i], one.stats.error, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stages", [(), (GPTQ(), RTN()), (GPTQ(), Shrink()), (Nothing(), RTN()), (Shrink(),)])
+def test_other_orders_are_refused(stages):
+    with pytest.raises(UsageError, match="transforms, one rounding, refinements"):
+        chain(*stages, grid=GRID)
+
+
+def test_what_is_no_stage_is_refused():
+    with pytest.raises(UsageError, match="is no stage: derive it from"):
+        chain(lambda problem: problem, grid=GRID)  # pyright: ignore
+
+
+def test_rules_and_masks_are_resolved_by_path():
+    coarse = named("rtn", Grid(bits=2, group_size=16))
+    recipe = by_path({r"\.down$": coarse, r"blocks\.0\.": named("rtn", Grid(bits=8))}, named("gptq", GRID))
+    assert recipe.at("blocks.0.mlp.down").grid.bits == 2
+    assert recipe.at("blocks.0.attn.q").grid.bits == 8
+    assert recipe.at("blocks.1.attn.q").stages == (GPTQ(),)
+    chained = chain(masked(Shrink(), "attn"), RTN(), grid=GRID)
+    assert chained.at("blocks.0.attn.q").stages == (Shrink(), RTN())
+    assert chained.at("blocks.0.mlp.up").stages == (RTN(),)
+
+
+def test_a_mask_needs_a_path(layer):
+    with pytest.raises(UsageError, match=r"depends on the module; call recipe\.at\(path\) first"):
+        chain(masked(Shrink(), "attn"), RTN(), grid=GRID)(Problem.of(*layer, GRID))
+
+
+def test_patterns_are_checked():
+    with pytest.raises(UsageError, match="is no regular expression"):
+        masked(Shrink(), "(")
+    with pytest.raises(UsageError, match="is no regular expression"):
+        by_path({"(": named("rtn", GRID)}, named("rtn", GRID))
+
+
+RECIPES = [
+    *(named(name, GRID) for name in NAMES),
+    named("gptq", Grid(bits=2, symmetric=True, convention="full"), true_sequential=True),
+    by_path(
+        {r"mlp\.": named("rtn", Grid(bits=8))}, chain(masked(Shrink(factor=0.7), "attn"), GPTQ(), grid=GRID)
+    ),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_json_and_toml_round_trips(recipe, tmp_path):
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    (tmp_path / "r.toml").write_text(to_toml(recipe))
+    assert read_toml(tmp_path / "r.toml") == recipe
+
+
+def test_bad_files_name_the_place(tmp_path):
+    path = tmp_path / "r.toml"
+    with pytest.raises(InputError, match=r"r\.toml: No such file"):
+        read_toml(path)
+    path.write_text("grid = {")
+    with pytest.raises(InputError, match="is no TOML file"):
+        read_toml(path)
+    path.write_text('stages = [{ stage = "gtpq" }]')
+    with pytest.raises(UsageError, match=r"unknown stage 'gtpq'; there are .*gptq"):
+        read_toml(path)
+    path.write_text('stages = [{ stage = "gptq", damp = 1 }]')
+    with pytest.raises(
+        UsageError, match=r"gptq: unknown options damp; there are act_order, groups, percdamp"
+    ):
+        read_toml(path)
+    path.write_text("bits = 3")
+    with pytest.raises(UsageError, match="unknown recipe fields bits"):
+        read_toml(path)
+
+
+def test_unregistered_stages_cannot_be_saved():
+    with pytest.raises(UsageError, match=r"Nothing cannot be saved; decorate the class with @register"):
+        chain(RTN(), Nothing(), grid=GRID).to_dict()
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(UsageError, match=r"unknown recipe 'gtpq'; use one of rtn, gptq"):
+        named("gtpq", GRID)
+    with pytest.raises(UsageError, match=r"percdamp=0.0 must be positive"):
+        GPTQ(percdamp=0.0)
+    with pytest.raises(UsageError, match="unknown groups 'none'"):
+        GPTQ(groups="none")  # pyright: ignore
