@@ -39,11 +39,11 @@ def gptq(
 
         q_k = Q(w_k + sum_{j<k} (A_jk / A_kk) (w_j - q_j))
 
-    which minimizes `tr(D^T H D)`, `D = q - w`, greedily. The paper writes the same with `U = A^-1`: `e_k = (w'_k
-    - q_k) / U_kk`, `w'_j <- w'_j - U_kj e_k` for j > k. This form (QuIP's LDLQ, arXiv 2307.13304) gives the same
-    integers, needs no inverse and leaves the weight alone. Rows are processed `block` at a time: a row receives
-    the errors of all earlier blocks in one product, of its own block in strips, of its own strip one by one.
-    The block size does not change the result beyond rounding.
+    which minimizes `tr(D^T H D)`, `D = q - w`, greedily. The paper writes the same with `U = A^-1`:
+    `e_k = (w'_k - q_k) / U_kk` and `w'_j <- w'_j - U_kj e_k` for j > k. The form above (QuIP's LDLQ, arXiv
+    2307.13304) gives the same integers, needs no inverse and leaves the weight alone. Rows are processed
+    `block` at a time: a row receives the errors of earlier blocks in whole products, those of its own block
+    strip by strip, those of its own strip one by one. The block size changes nothing beyond rounding.
 
     Order of operations: inputs that were always 0 get weight 0 and the mean `H_dd` of the rest, which
     leaves the damping alone; static grids are fitted to the original order; `act_order` sorts inputs by
@@ -100,9 +100,8 @@ def gptq(
         target = _slice(w, start, block)
 
         def add_block(i: Array, received: Array) -> Array:
-            return received + _feed(
-                _slice(columns_of_block, i * block, block), _slice(errors, i * block, block)
-            )
+            above, earlier = (_slice(a, i * block, block) for a in (columns_of_block, errors))
+            return received + _feed(above, earlier)
 
         received = jax.lax.fori_loop(0, start // block, add_block, jnp.zeros_like(target))
         if dynamic:
