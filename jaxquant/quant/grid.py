@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped, UInt
 
 from jaxquant.errors import UsageError
+from jaxquant.quant.packing import block_rows, packed_rows
 
 Convention = Literal["half-step", "restricted", "full"]
 Clip = Literal["minmax", "mse"]
@@ -56,7 +57,10 @@ class Grid:
         if not 1 <= self.bits <= 8:
             raise UsageError(f"bits={self.bits} is out of range; use 1 to 8")
         if self.group_size is not None and self.group_size < 1:
-            raise UsageError(f"group_size={self.group_size} is not positive; use None for one group a column")
+            raise UsageError(
+                f"group_size={self.group_size} is not positive; "
+                "use None (0 on the command line) for one group a column"
+            )
         if self.convention not in _DENOMINATOR:
             raise UsageError(f"unknown convention {self.convention!r}; use one of {', '.join(_DENOMINATOR)}")
         if self.clip not in ("minmax", "mse"):
@@ -83,9 +87,11 @@ class Grid:
         return rows // self.group_size
 
     def effective_bits(self, rows: int) -> float:
-        """Stored bits per weight, `bits + (scale and zero bits) / group_size`."""
+        """Stored bits per weight, whole words counted: `bits + (scale and zero bits) / group_size` at least."""
+        groups = self.groups(rows)
+        block = block_rows(rows // groups)
         metadata = jnp.finfo(self.scale_dtype).bits * (1 if self.symmetric else 2)
-        return self.bits + metadata * self.groups(rows) / rows
+        return 8 * packed_rows(block, self.bits) / block + metadata * groups / rows
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `Grid(**d)` inverts it."""

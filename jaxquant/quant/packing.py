@@ -13,12 +13,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Integer, UInt
 
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+_LARGEST_BLOCK = 128
 
 
 def _planes(bits: int) -> tuple[int, ...]:
     if bits not in _PLANES:
         raise ValueError(f"bits={bits} cannot be packed; use 1 to 8")
     return _PLANES[bits]
+
+
+def block_rows(group_rows: int) -> int:
+    """Rows packed together: the largest divisor of the group, at most 128, that fills whole words."""
+    if group_rows <= _LARGEST_BLOCK:
+        return group_rows
+    divisors = [d for d in range(8, _LARGEST_BLOCK + 1, 8) if group_rows % d == 0]
+    return max(divisors, default=group_rows)
 
 
 def packed_rows(rows: int, bits: int, word_bits: int = 8) -> int:

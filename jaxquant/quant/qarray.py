@@ -11,17 +11,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from jaxquant.kernels.dequant_matmul import dequant_matmul
 from jaxquant.quant.grid import Grid
-from jaxquant.quant.packing import pack, unpack
-
-_LARGEST_BLOCK = 128
-
-
-def block_rows(group_rows: int) -> int:
-    """Rows packed together: the largest divisor of the group, at most 128, that fills whole words."""
-    if group_rows <= _LARGEST_BLOCK:
-        return group_rows
-    divisors = [d for d in range(8, _LARGEST_BLOCK + 1, 8) if group_rows % d == 0]
-    return max(divisors, default=group_rows)
+from jaxquant.quant.packing import block_rows, pack, unpack
 
 
 @jax.tree_util.register_dataclass
