@@ -229,11 +229,13 @@ def _prepare(
                 f"{folder}: the quantized model needs {estimate.output_bytes / 1e6:.0f} MB, "
                 f"the disk has {free / 1e6:.0f} MB free; free some space or give another --out"
             )
-        (folder / "blocks").mkdir(parents=True, exist_ok=True)
+        # First of all: with a manifest the folder can be resumed, whatever else is missing.
         checkpoint.write_manifest(folder, manifest)
-        (folder / "recipe.toml").write_text(to_toml(recipe))
+    (folder / "blocks").mkdir(exist_ok=True)
+    if not (folder / "recipe.toml").is_file():
+        checkpoint.write_text(folder / "recipe.toml", to_toml(recipe))
     if not (folder / "tokenizer.json").is_file():
-        source.tokenizer().save(str(folder / "tokenizer.json"))
+        checkpoint.write_text(folder / "tokenizer.json", source.tokenizer().to_str(pretty=True))
     return checkpoint.finished_blocks(folder)
 
 

@@ -185,6 +185,26 @@ def test_resume_after_an_interrupt_is_bit_identical(stop, finished, params, toke
     assert_same_model(finished[0], tmp_path / "q")
 
 
+@pytest.mark.parametrize("stop", ["jaxquant.json", "recipe.toml", "tokenizer.json"])
+def test_a_kill_while_the_folder_is_made_is_resumable(stop, finished, params, tokens, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target).name == stop:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    arguments = (MemorySource(params), RECIPE, tokens, tmp_path / "q")
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(*arguments, describe={"seed": 0})
+    monkeypatch.setattr(os, "replace", replace)
+    quantize_model(*arguments, resume=True, describe={"seed": 0})
+    assert_same_model(finished[0], tmp_path / "q")
+    for name in ("recipe.toml", "tokenizer.json"):
+        assert (tmp_path / "q" / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
 def test_resume_refuses_another_model_recipe_or_text(finished, params, tokens):
     folder, _, _ = finished
     other = init_params(jax.random.key(5), CONFIG)
@@ -286,6 +306,10 @@ def test_damaged_checkpoints_are_named(finished, tmp_path):
     (folder / "jaxquant.json").write_text("{")
     with pytest.raises(InputError, match="is damaged"):
         load_model(str(folder))
+    for content, reason in (("[]", "not a JSON object"), ('{"format": 1}', "no source, recipe")):
+        (folder / "jaxquant.json").write_text(content)
+        with pytest.raises(InputError, match=f"is damaged .{reason}"):
+            load_model(str(folder))
 
 
 def test_the_plan_scales_with_the_work():

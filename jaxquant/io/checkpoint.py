@@ -13,11 +13,13 @@ blocks and nothing else that counts.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from jaxquant.quant import Grid, QArray
 
 MANIFEST = "jaxquant.json"
 FORMAT = 1
+_PARTIAL = ".partial"
+_ENTRIES = ("source", "recipe", "calibration", "config", "versions", "state")
 _LEAVES = ("words", "scale", "zero", "order")
 PATHS = tuple(path for _, paths in LINEARS for path in paths)
 
@@ -49,25 +53,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder}: no {MANIFEST}; this is not a quantized model") from None
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); quantize the model again") from None
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path} is damaged (not a JSON object); quantize the model again")
     if manifest.get("format") != FORMAT:
         raise InputError(
             f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}; use a matching jaxquant"
         )
+    missing = [entry for entry in _ENTRIES if entry not in manifest]
+    if missing:
+        raise InputError(f"{path} is damaged (no {', '.join(missing)}); quantize the model again")
     return manifest
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Replaces the manifest in one step."""
-    partial = folder / (MANIFEST + ".partial")
-    try:
-        partial.write_text(json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
-        os.replace(partial, folder / MANIFEST)
-    except OSError as error:
-        raise _disk_error(error, folder) from error
+    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all; makes its folder where there is none."""
+    partial = path.with_name(path.name + _PARTIAL)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
 
 
 def save_outer(folder: Path, outer: Mapping[str, Any]) -> None:
@@ -137,11 +150,15 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
             f"{folder}: only {done} of {config.num_layers} blocks are quantized; finish the run with --resume"
         )
     outer = jax.tree.map(jnp.asarray, load_outer(folder))
-    blocks = [load_block(folder, index)[0] for index in range(config.num_layers)]
-    if len({jax.tree.structure(block) for block in blocks}) > 1:
-        raise InputError(f"{folder}: blocks differ in grid or layout and cannot be stacked")
-    stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *blocks)
-    return {**outer, "blocks": stacked}, config
+    # Into arrays allocated for the result: a list of blocks to be stacked would hold the model twice.
+    first, _ = load_block(folder, 0)
+    stacked = jax.tree.map(lambda leaf: np.empty((done, *leaf.shape), leaf.dtype), first)
+    for index in range(done):
+        block = load_block(folder, index)[0] if index else first
+        if jax.tree.structure(block) != jax.tree.structure(first):
+            raise InputError(f"{folder}: blocks differ in grid or layout and cannot be stacked")
+        jax.tree.map(functools.partial(_put, index), stacked, block)
+    return {**outer, "blocks": jax.tree.map(jnp.asarray, stacked)}, config
 
 
 def disk_bytes(folder: Path) -> int:
@@ -152,6 +169,10 @@ def disk_bytes(folder: Path) -> int:
 
 def _block_folder(folder: Path, index: int) -> Path:
     return folder / "blocks" / f"{index:03d}"
+
+
+def _put(index: int, target: np.ndarray, leaf: np.ndarray) -> None:
+    target[index] = leaf
 
 
 def _is_qarray(leaf: Any) -> bool:
@@ -177,11 +198,8 @@ def _save(path: Path, *, params: Any, record: Any = None) -> None:
     items: dict[str, Any] = {"params": ocp.args.PyTreeSave(params)}
     if record is not None:
         items["record"] = ocp.args.JsonSave(record)
-    try:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(path.absolute(), args=ocp.args.Composite(**items))
-    except Exception as error:
-        raise _disk_error(error, path) from error
+    with _writing(path), _checkpointer() as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.Composite(**items))
 
 
 def _restore(path: Path) -> Any:
@@ -197,23 +215,34 @@ def _restore(path: Path) -> Any:
         ) from error
 
 
-def _disk_error(error: Exception, path: Path) -> Exception:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left" in str(error) or "Disk quota exceeded" in str(error):
-        return InputError(
-            f"{path}: the disk is full; free some space and run the same command again with --resume "
-            "(whole blocks are kept)"
-        )
-    return error
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses into an `InputError`; orbax hides the cause in other types."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error) or "Disk quota exceeded" in str(error):
+            raise InputError(
+                f"{path}: the disk is full; free some space and run the same command again with --resume "
+                "(whole blocks are kept)"
+            ) from error
+        if isinstance(error, OSError):
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror or error}); "
+                "check its permissions, or give another --out"
+            ) from error
+        raise
 
 
 def check_new_folder(folder: Path) -> None:
-    """`UsageError` unless `folder` does not exist yet or is empty."""
-    if folder.is_dir() and not any(folder.iterdir()):
+    """`UsageError` unless `folder` does not exist yet, is empty, or holds a manifest's first bytes only."""
+    if folder.is_dir() and all(path.name == MANIFEST + _PARTIAL for path in folder.iterdir()):
         return
     if is_checkpoint(folder):
         raise UsageError(
             f"{folder} holds a quantized model; give --resume to go on with it, or another --out"
         )
     if folder.exists():
-        raise UsageError(f"{folder} exists and is not empty; give another --out")
+        state = "exists and is not empty" if folder.is_dir() else "is a file"
+        raise UsageError(f"{folder} {state}; give another --out")
