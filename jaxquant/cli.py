@@ -94,7 +94,7 @@ def quantize(
     ] = "corpus",
     samples: Annotated[int, typer.Option("--samples", help="Calibration windows.")] = 16,
     seqlen: Annotated[int, typer.Option("--seqlen", help="Tokens per window.")] = 512,
-    seed: Annotated[int, typer.Option("--seed", help="Choice of the windows.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Choice of the windows.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: JsonOption = False,
@@ -151,7 +151,7 @@ def evaluate(
     seqlen: Annotated[
         int | None, typer.Option("--seqlen", help="Tokens per window; default 2048 or the model's limit.")
     ] = None,
-    windows: Annotated[int | None, typer.Option("--windows", help="Only the first N windows.")] = None,
+    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Only the first N windows.")] = None,
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL", help="Reference for KL and top-1 agreement.")
     ] = None,
@@ -181,9 +181,11 @@ def evaluate(
 def generate(
     model: QuantizedArgument,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="At most this many new tokens.")] = 64,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=0, help="At most this many new tokens.")
+    ] = 64,
     temperature: Annotated[float, typer.Option("--temperature", help="0: greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text, greedily or by sampling.
@@ -226,7 +228,7 @@ def inspect(
     print(f"{result['model']}: {result['recipe']}")
     print(
         f"{len(result['modules'])} quantized linears, {bits} effective bits, "
-        f"{result['bytes'] / 1e6:.2f} MB packed, {result['disk_bytes'] / 1e6:.2f} MB with everything"
+        f"{result['bytes'] / 1e6:.2f} MB packed, {result['disk_bytes'] / 1e6:.2f} MB with embeddings, norms"
     )
     print(f"{result['state']}: {result['blocks']} of {result['blocks_total']} blocks")
     for row in result["modules"]:
@@ -290,12 +292,14 @@ def _quantize(
     as_json: bool,
 ) -> None:
     from jaxquant import jobs
-    from jaxquant.io import open_model
+    from jaxquant.io import checkpoint, open_model
     from jaxquant.pipeline import plan
     from jaxquant.report import ProgressTable
 
     source = open_model(model)
-    jobs.check_seqlen(seqlen, source.config)
+    if not resume:
+        checkpoint.check_new_folder(out)
+    tokens = jobs.calibration_windows(source, calibration, samples=samples, seqlen=seqlen, seed=seed)
     estimate = plan(source.config, recipe, samples=samples, seqlen=seqlen)
     if as_json:
         _print_line({"event": "plan", "recipe": str(recipe), **dataclasses.asdict(estimate)})
@@ -310,9 +314,14 @@ def _quantize(
             on_event = functools.partial(_show, table, estimate.linears)
         try:
             summary = jobs.quantize(
-                source, recipe, out, calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
-                resume=resume, on_event=on_event,
-            )  # fmt: skip
+                source,
+                recipe,
+                tokens,
+                out,
+                describe={"text": calibration, "seed": seed},
+                resume=resume,
+                on_event=on_event,
+            )
         except KeyboardInterrupt:
             stack.close()
             command = [argument for argument in sys.argv[1:] if argument != "--resume"]

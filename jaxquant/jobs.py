@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxquant.calibrate.text import eval_windows, read_text, windows
 from jaxquant.errors import InputError, UsageError
@@ -23,32 +24,30 @@ from jaxquant.report import write_report
 Progress = Callable[[int, int], None]
 
 
+def calibration_windows(source: Source, text: str, *, samples: int, seqlen: int, seed: int) -> np.ndarray:
+    """Calibration windows int32 `[samples, seqlen]` from what `text` names, checked against the model."""
+    check_seqlen(seqlen, source.config)
+    return windows(
+        read_text(text), source.tokenizer(), source.config, samples=samples, seqlen=seqlen, seed=seed
+    )
+
+
 def quantize(
     source: Source,
     recipe: Recipe,
+    tokens: np.ndarray,
     folder: Path,
     *,
-    calibration: str,
-    samples: int,
-    seqlen: int,
-    seed: int,
+    describe: dict[str, Any],
     resume: bool,
     on_event: Callable[[Event], None],
 ) -> dict[str, Any]:
-    """Quantizes `source` into `folder` and writes `rows.jsonl` and `report.html`; returns the summary."""
-    text = read_text(calibration)
-    tokens = windows(text, source.tokenizer(), source.config, samples=samples, seqlen=seqlen, seed=seed)
+    """`quantize_model`, then `rows.jsonl` and `report.html`; returns the summary."""
     summary = quantize_model(
-        source,
-        recipe,
-        tokens,
-        folder,
-        resume=resume,
-        describe={"text": calibration, "seed": seed},
-        on_event=on_event,
+        source, recipe, tokens, folder, resume=resume, describe=describe, on_event=on_event
     )
     rows, _ = read_rows(folder)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checkpoint.write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     report(folder)
     return summary
 
@@ -96,7 +95,7 @@ def evaluate(
     """Perplexity of the model that `spec` names, and with `against` its divergence from that one."""
     content = read_text(text)
     model = load_model(spec)
-    seqlen = seqlen or min(2048, model.config.max_position)
+    seqlen = min(2048, model.config.max_position) if seqlen is None else seqlen
     check_seqlen(seqlen, model.config)
     batch = eval_windows(content, model.tokenizer, model.config, seqlen=seqlen, limit=limit)
     facts = {"model": model.name, "text": text, "seqlen": seqlen, "windows": len(batch)}
@@ -124,9 +123,11 @@ def generate(
     """Continues `prompt`; the text and tokens of the continuation.
 
     Raises:
-      InputError: the prompt is empty, or with `max_tokens` longer than the model's context.
+      InputError: the prompt is empty or not Unicode, or with `max_tokens` longer than the model's context.
     """
     config = model.config
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python keeps foreign bytes
+        raise InputError("the prompt is not UTF-8; check the encoding of the terminal")
     tokens = model.tokenizer.encode(prompt).ids
     if config.add_bos and config.bos_id is not None:
         tokens = [config.bos_id, *tokens]

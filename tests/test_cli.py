@@ -84,7 +84,7 @@ def test_inspect_reports_bits_bytes_and_modules(run, quantized):
     assert result["state"] == "complete"
     code, out, _ = run("inspect", quantized[0])
     assert code == 0
-    assert "W4 g64 asymmetric, mse clip search, act-order, static groups" in out
+    assert "GPTQ (act-order, static groups, damping 0.01), W4 g64 asymmetric, mse clip search" in out
     assert "blocks.1.attn.o" in out
 
 
@@ -200,7 +200,18 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(text, tmp_path):
     (["quantize", "tiny", "--out", "OUT", "--calibration", "MISSING"], 1, "MISSING"),
     (["quantize", "small-model", "--out", "OUT"], 2, "give a known name (tiny, smollm2-135m)"),
     (["quantize", "./nowhere", "--out", "OUT"], 1, "no such file or directory"),
+    (["quantize", "tiny", "--out", "OUT", "--samples", "0", "--dry-run"], 2, "samples=0: must be at least 1"),
+    (["quantize", "tiny", "--out", "OUT", "--seed", "-1"], 2, "--seed"),
+    (["quantize", "tiny", "--out", "OUT", "--group-size", "-1"], 2, "use None (0 on the command line)"),
+    (["quantize", "tiny", "--out", "SHORT"], 2, "SHORT is a file; give another --out"),
+    (["quantize", "tiny", "--out", "SHORT/OUT", "--seqlen", "8", "--samples", "1"], 1, "cannot be written"),
     (["evaluate", "tiny", "--seqlen", "1"], 2, "--seqlen 1"),
+    (["evaluate", "tiny", "--seqlen", "0"], 2, "--seqlen 0"),
+    (["evaluate", "tiny", "--windows", "0"], 2, "--windows"),
+    (["generate", "tiny", "--prompt", "a\udcff"], 1, "the prompt is not UTF-8"),
+    (["generate", "tiny", "--prompt", "a", "--max-tokens", "-2"], 2, "--max-tokens"),
+    (["generate", "tiny", "--prompt", "a", "--temperature", "nan"], 2, "temperature must be 0"),
+    (["inspect", "SHORT"], 1, "this is not a quantized model"),
     (["generate", "tiny", "--prompt", ""], 1, "the prompt is empty"),
     (["generate", "tiny", "--prompt", "a", "--max-tokens", "9999"], 1, "max_position"),
     (["inspect", "."], 1, "this is not a quantized model"),

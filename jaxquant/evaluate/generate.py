@@ -50,7 +50,7 @@ def generate(
             f"a prompt of {length} tokens and {max_tokens} new ones exceed the model's max_position = "
             f"{config.max_position}; shorten the prompt or ask for fewer tokens"
         )
-    if temperature < 0 or (temperature > 0 and key is None):
+    if not temperature >= 0 or (temperature > 0 and key is None):  # NaN is not >= 0
         raise UsageError("temperature must be 0 (greedy), or positive together with a random key")
     greedy = temperature == 0
     keys = jax.random.split(jax.random.key(0) if key is None else key, max_tokens)
