@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -75,9 +76,9 @@ def fetch(name: str) -> Path:
         if marker.is_file() and marker.read_text() == _mark(model, target):
             return target
         if _sha256(target) == model.sha256:
-            marker.write_text(_mark(model, target))
+            with contextlib.suppress(OSError):  # a cache that others own is as good, only slower to check
+                marker.write_text(_mark(model, target))
             return target
-        target.unlink()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _install(name, model, target)
