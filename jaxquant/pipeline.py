@@ -57,7 +57,7 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
     """Checks that the grid fits every linear and estimates memory, size and time.
 
     Raises:
-      UsageError: a group size does not divide the inputs of a linear (named).
+      UsageError: a group size does not divide the inputs of a linear (named), or blocks differ in a grid.
     """
     shapes = {path: config.linear_shape(path) for path in checkpoint.PATHS}
     packed = 0.0
@@ -66,6 +66,11 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
             module = f"blocks.{index}.{path}"
             grid = recipe.at(module).grid
             grid.groups(n, where=module)
+            if grid != (first := recipe.at(f"blocks.0.{path}").grid):
+                raise UsageError(
+                    f"{module}: {grid}, but block 0 has {first}; blocks are stacked, so give a linear the "
+                    "same grid in every block"
+                )
             packed += grid.effective_bits(n) / 8 * n * m
     tokens, layers = samples * seqlen, config.num_layers
     weights = sum(n * m for n, m in shapes.values())

@@ -22,7 +22,7 @@ from jaxquant.models.config import ModelConfig
 from jaxquant.models.decoder import block, embed, forward, init_params
 from jaxquant.pipeline import plan, quantize_model, read_rows
 from jaxquant.quant import Grid, QArray
-from jaxquant.recipe import GPTQ, named
+from jaxquant.recipe import GPTQ, by_path, named
 
 CONFIG = ModelConfig(
     family="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4,
@@ -234,6 +234,13 @@ def test_group_size_that_does_not_divide_is_refused_before_anything_is_written(p
         UsageError, match=r"blocks\.0\.mlp\.down: 48 inputs are not divisible by group_size=32"
     ):
         quantize_model(MemorySource(params), named("gptq", Grid(group_size=32)), tokens, tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
+def test_blocks_with_different_grids_are_refused_before_anything_is_written(params, tokens, tmp_path):
+    recipe = by_path({"blocks.0.*": named("rtn", Grid(bits=8, group_size=16))}, RECIPE)
+    with pytest.raises(UsageError, match=r"blocks\.1\.attn\.q: W3 g16 .* but block 0 has W8 g16"):
+        quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q")
     assert not (tmp_path / "q").exists()
 
 

@@ -87,7 +87,7 @@ class Grid:
         return rows // self.group_size
 
     def effective_bits(self, rows: int) -> float:
-        """Stored bits per weight, whole words counted: `bits + (scale and zero bits) / group_size` at least."""
+        """Bits per weight, in whole words: at least `bits + (scale and zero bits) / group_size`."""
         groups = self.groups(rows)
         block = block_rows(rows // groups)
         metadata = jnp.finfo(self.scale_dtype).bits * (1 if self.symmetric else 2)
