@@ -17,7 +17,7 @@ import typer
 from jaxquant.errors import JaxquantError, UsageError
 
 if TYPE_CHECKING:
-    from jaxquant.pipeline import Plan
+    from jaxquant.plan import Plan
     from jaxquant.recipe import Recipe
     from jaxquant.report import ProgressTable
 
@@ -60,8 +60,13 @@ GroupSizeOption = Annotated[
 ]
 
 
+_GRID_FLAGS = ("bits", "group_size", "symmetric", "clip_search")
+_GPTQ_FLAGS = ("act_order", "groups", "percdamp")
+
+
 @app.command()
 def quantize(
+    context: typer.Context,
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", help="Folder for the quantized model.")],
     recipe: Annotated[
@@ -117,8 +122,13 @@ def quantize(
     from jaxquant.recipe import GPTQ, named, read_toml
 
     if recipe.endswith(".toml"):
+        _refuse(context, (*_GRID_FLAGS, *_GPTQ_FLAGS, "convention", "true_sequential"), f"--recipe {recipe}")
         chosen = read_toml(Path(recipe))
     else:
+        if not symmetric:
+            _refuse(context, ("convention",), "an asymmetric grid")
+        if recipe == "rtn":
+            _refuse(context, _GPTQ_FLAGS, "--recipe rtn")
         grid = Grid(
             bits=bits,
             group_size=group_size or None,
@@ -278,6 +288,15 @@ def demo(
     print(f"\nReport with pictures: {out / 'report.html'}")
 
 
+def _refuse(context: typer.Context, names: tuple[str, ...], case: str) -> None:
+    """`UsageError` if one of the options was given, since it would be ignored."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} has no effect with {case}; leave it out")
+
+
 def _quantize(
     model: str,
     recipe: Recipe,
@@ -293,7 +312,7 @@ def _quantize(
 ) -> None:
     from jaxquant import jobs
     from jaxquant.io import checkpoint, open_model
-    from jaxquant.pipeline import plan
+    from jaxquant.plan import plan
     from jaxquant.report import ProgressTable
 
     source = open_model(model)
@@ -359,11 +378,15 @@ def _bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 def _print_plan(name: str, recipe: Recipe, plan: Plan) -> None:
+    from jaxquant.report.figures import human_bytes
+
+    minutes, seconds = divmod(round(plan.seconds), 60)
+    duration = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
     print(f"{name}: {recipe}")
     print(
-        f"plan: {plan.linears} linears at {plan.effective_bits:.3f} effective bits; about "
-        f"{plan.output_bytes / 1e6:.0f} MB on disk ({plan.source_bytes / 1e6:.0f} MB in 16 bits), "
-        f"peak memory {plan.peak_bytes / 1e9:.1f} GB, {max(1, round(plan.seconds / 60))} min"
+        f"plan: {plan.linears} linears at {plan.effective_bits:.3f} effective bits; "
+        f"{human_bytes(plan.output_bytes)} on disk ({human_bytes(plan.source_bytes)} in 16 bits), "
+        f"peak memory about {human_bytes(plan.peak_bytes)}, time about {duration}"
     )
 
 

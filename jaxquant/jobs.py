@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def check_seqlen(seqlen: int, config: ModelConfig) -> None:
 def _scores(result: Any) -> dict[str, Any]:
     return {
         "nll": result.nll,
-        "nll_stderr": result.stderr,
+        "nll_stderr": result.stderr if math.isfinite(result.stderr) else None,
         "perplexity": result.perplexity,
         "tokens": result.tokens,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import shutil
@@ -23,80 +22,11 @@ from jaxquant.methods import Problem, rtn
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.models.decoder import block as block_forward
 from jaxquant.models.decoder import embed
+from jaxquant.plan import BATCH_TOKENS, Plan, plan
 from jaxquant.quant import QArray
 from jaxquant.recipe import Recipe, to_toml
 
 Event = dict[str, Any]
-
-# Tokens that go through a block at once: enough for full-speed products, little memory.
-_BATCH_TOKENS = 8192
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What a run will take, known before it starts.
-
-    Attributes:
-      peak_bytes: estimated peak of resident memory.
-      output_bytes: size of the packed model.
-      source_bytes: size of the same parameters in 16 bits.
-      seconds: estimated duration on this machine.
-      linears: number of matrices to quantize.
-      effective_bits: stored bits per quantized weight.
-    """
-
-    peak_bytes: int
-    output_bytes: int
-    source_bytes: int
-    seconds: float
-    linears: int
-    effective_bits: float
-
-
-def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> Plan:
-    """Checks that the grid fits every linear and estimates memory, size and time.
-
-    Raises:
-      UsageError: a group size does not divide the inputs of a linear (named), or blocks differ in a grid.
-    """
-    shapes = {path: config.linear_shape(path) for path in checkpoint.PATHS}
-    packed = 0.0
-    for index in range(config.num_layers):
-        for path, (n, m) in shapes.items():
-            module = f"blocks.{index}.{path}"
-            grid = recipe.at(module).grid
-            grid.groups(n, where=module)
-            if grid != (first := recipe.at(f"blocks.0.{path}").grid):
-                raise UsageError(
-                    f"{module}: {grid}, but block 0 has {first}; blocks are stacked, so give a linear the "
-                    "same grid in every block"
-                )
-            packed += grid.effective_bits(n) / 8 * n * m
-    tokens, layers = samples * seqlen, config.num_layers
-    weights = sum(n * m for n, m in shapes.values())
-    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    taps = [shapes[paths[0]][0] for _, paths in LINEARS]
-    hessians = 4 * sum(n * n for n in taps)
-    batch = min(tokens, _BATCH_TOKENS)
-    widest = max(taps)
-    solve = 4 * (4 * widest * widest + 6 * max(n * m for n, m in shapes.values()))
-    activations = 4 * (2 * tokens * config.hidden_size + batch * (6 * config.hidden_size + 3 * widest))
-    # 450 MB: the interpreter, JAX and its compiler.
-    peak = 450e6 + 4 * embeddings + 3 * 4 * weights + hessians + solve + activations
-
-    solves = len(recipe.stages) * sum(n * n * m * 4 + n**3 for n, m in shapes.values())
-    passes = (1 + len(LINEARS)) if recipe.true_sequential else 2
-    products = passes * 2 * tokens * weights + 2 * tokens * sum(n * n for n in taps)
-    # The solve is a chain of small steps and runs at about a tenth of the speed of large products.
-    seconds = layers * (products + 10 * solves) / _flops_per_second() + 20 + 0.3 * layers
-    return Plan(
-        peak_bytes=int(peak),
-        output_bytes=int(packed + 2 * embeddings),
-        source_bytes=int(2 * (layers * weights + embeddings)),
-        seconds=seconds,
-        linears=layers * len(shapes),
-        effective_bits=8 * packed / (layers * weights),
-    )
 
 
 def quantize_model(
@@ -219,10 +149,9 @@ def _prepare(
             ("recipe", "give the same recipe, bits, group size and flags"),
             ("calibration", "give the same calibration text, samples, seqlen and seed"),
         ):
-            if previous[key] != manifest[key]:
+            if difference := _difference(previous[key], manifest[key]):
                 raise UsageError(
-                    f"{folder} was started with another {key}: {_difference(previous[key], manifest[key])}; "
-                    f"{remedy}, or another --out"
+                    f"{folder} was started with another {key}: {difference}; {remedy}, or another --out"
                 )
         checkpoint.remove_partial(folder)
     else:
@@ -244,9 +173,26 @@ def _prepare(
     return checkpoint.finished_blocks(folder)
 
 
+# What something is called may change between runs; digests tell whether it is the same.
+_LABELS = ("name", "text")
+_DIGESTS = ("fingerprint", "tokens_sha256")
+
+
 def _difference(old: Event, new: Event) -> str:
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys)
+    """In words, what differs between two parts of manifests; empty where nothing that matters does."""
+    before, after = _flat(old), _flat(new)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    if not set(keys) - set(_LABELS):
+        return ""
+    told = [key for key in keys if key not in _DIGESTS]
+    return ", ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in told or keys)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, (dict, list)):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {k: v for key, x in items for k, v in _flat(x, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
 def _embed_all(outer: dict[str, Any], config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
@@ -259,10 +205,10 @@ def _embed_all(outer: dict[str, Any], config: ModelConfig, tokens: np.ndarray) -
 
 
 def _batches(array: np.ndarray) -> Iterator[slice]:
-    """Equal slices of the samples with at most `_BATCH_TOKENS` tokens (equal, so that nothing recompiles)."""
+    """Equal slices of the samples with at most `BATCH_TOKENS` tokens (equal, so that nothing recompiles)."""
     samples, seqlen = array.shape[:2]
     size = max(
-        d for d in range(1, samples + 1) if samples % d == 0 and (d == 1 or d * seqlen <= _BATCH_TOKENS)
+        d for d in range(1, samples + 1) if samples % d == 0 and (d == 1 or d * seqlen <= BATCH_TOKENS)
     )
     for start in range(0, samples, size):
         yield slice(start, start + size)
@@ -374,21 +320,11 @@ def _histogram(kernel: jax.Array, packed: QArray, module: str) -> Event:
 
 
 def _storable(tree: Any) -> Any:
-    """Unquantized matrices in 16 bits (bfloat16 if they come so, else float16); the rest as it is."""
+    """Unquantized matrices in 16 bits: bfloat16 if they come so, else float16 where their values fit it."""
 
     def cast(leaf: Any) -> Any:
         if isinstance(leaf, QArray) or leaf.ndim < 2 or leaf.dtype == jnp.bfloat16:
             return leaf
-        return leaf.astype(jnp.float16)
+        return leaf.astype(jnp.float16) if abs(leaf).max() <= jnp.finfo(jnp.float16).max else leaf
 
     return jax.tree.map(cast, tree, is_leaf=lambda leaf: isinstance(leaf, QArray))
-
-
-def _flops_per_second() -> float:
-    """Speed of a large float32 product, measured once."""
-    a = jnp.ones((1024, 1024), jnp.float32)
-    (a @ a).block_until_ready()
-    begun = time.perf_counter()
-    for _ in range(4):
-        (a @ a).block_until_ready()
-    return 4 * 2 * 1024**3 / (time.perf_counter() - begun)

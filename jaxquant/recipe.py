@@ -162,6 +162,12 @@ class Recipe:
         assert rounded is not None
         return rounded
 
+    @property
+    def stores_order(self) -> bool:
+        """Whether packed weights carry `order`: dynamic groups of inputs in order of activation."""
+        orders = [s for s in self.stages if isinstance(s, GPTQ) and s.act_order and s.groups == "dynamic"]
+        return bool(orders) and self.grid.group_size is not None
+
     def at(self, path: str) -> Recipe:
         """The recipe of the module at `path` (`blocks.3.mlp.down`): rules and masks resolved."""
         for pattern, recipe in self.rules:

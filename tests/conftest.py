@@ -24,7 +24,9 @@ def shared_data() -> Path:
     """Folder with WikiText-2 and stories260K; set JAXQUANT_SHARED_DATA to point elsewhere."""
     path = _find_shared()
     if path is None:
-        pytest.skip("no evaluation data: set JAXQUANT_SHARED_DATA to a folder that holds wikitext2/ and stories260K/")
+        pytest.skip(
+            "no evaluation data: set JAXQUANT_SHARED_DATA to a folder with wikitext2/ and stories260K/"
+        )
     return path
 
 

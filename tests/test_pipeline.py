@@ -20,7 +20,8 @@ from jaxquant.io import checkpoint, load_model
 from jaxquant.methods import layer_error
 from jaxquant.models.config import ModelConfig
 from jaxquant.models.decoder import block, embed, forward, init_params
-from jaxquant.pipeline import plan, quantize_model, read_rows
+from jaxquant.pipeline import quantize_model, read_rows
+from jaxquant.plan import plan
 from jaxquant.quant import Grid, QArray
 from jaxquant.recipe import GPTQ, by_path, named
 
@@ -214,7 +215,7 @@ def test_resume_refuses_another_model_recipe_or_text(finished, params, tokens):
 
     with pytest.raises(UsageError, match=r"started with another source: fingerprint was .* give the model"):
         resume(MemorySource(other), RECIPE, tokens)
-    with pytest.raises(UsageError, match="started with another recipe: stages was"):
+    with pytest.raises(UsageError, match=r"another recipe: stages\.0\.act_order was True, is False; give"):
         resume(MemorySource(params), named("gptq", GRID, gptq=GPTQ(act_order=False)), tokens)
     with pytest.raises(UsageError, match="started with another calibration: tokens_sha256"):
         resume(MemorySource(params), RECIPE, tokens[::-1].copy())

@@ -41,8 +41,8 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """`exp(nll)`."""
-        return math.exp(self.nll)
+        """`exp(nll)`, infinity where that overflows."""
+        return math.exp(self.nll) if self.nll < 700 else math.inf
 
     @classmethod
     def of(cls, token_nll: np.ndarray) -> Perplexity:

@@ -1,5 +1,33 @@
 """Numerics that the methods share."""
 
+from jaxquant.linalg.cg import conjugate_gradients
+from jaxquant.linalg.nullspace import (
+    HardNullSpace,
+    Stability,
+    anti_shift,
+    deflated_mean,
+    hard_null_space,
+    intersect,
+    soft_from_factor,
+    soft_null_space,
+    subspace_stability,
+    tail_null_space,
+)
 from jaxquant.linalg.psd import DampedFactor, damped_factor, upper_cholesky
 
-__all__ = ["DampedFactor", "damped_factor", "upper_cholesky"]
+__all__ = [
+    "DampedFactor",
+    "HardNullSpace",
+    "Stability",
+    "anti_shift",
+    "conjugate_gradients",
+    "damped_factor",
+    "deflated_mean",
+    "hard_null_space",
+    "intersect",
+    "soft_from_factor",
+    "soft_null_space",
+    "subspace_stability",
+    "tail_null_space",
+    "upper_cholesky",
+]

@@ -1,8 +1,23 @@
 """One paper, one file: pure functions on arrays."""
 
+from jaxquant.methods.awq import awq, awq_scale
+from jaxquant.methods.coordinate import coordinate_descent
 from jaxquant.methods.gptq import gptq
+from jaxquant.methods.magr import linf_prox, magr
 from jaxquant.methods.problem import Problem
 from jaxquant.methods.rounded import Rounded, Stats, layer_error
 from jaxquant.methods.rtn import rtn
 
-__all__ = ["Problem", "Rounded", "Stats", "gptq", "layer_error", "rtn"]
+__all__ = [
+    "Problem",
+    "Rounded",
+    "Stats",
+    "awq",
+    "awq_scale",
+    "coordinate_descent",
+    "gptq",
+    "layer_error",
+    "linf_prox",
+    "magr",
+    "rtn",
+]

@@ -28,16 +28,16 @@ def coordinate_descent(problem: Problem, rounded: Rounded, *, sweeps: int = 4) -
         q_k <- Q(q_k + R_k / H_kk),   R_j <- R_j - H_jk (change of q_k)
 
     `Q(.)` is the nearest level of the grid of `rounded`, which stays. A level is left only for one that is
-    strictly nearer, so `tr(D^T H D)`, `D = Q - W`, falls with every move and the fixed point is stable. Output
-    columns are independent and move together. The gradient is kept up to date lazily: a block of 128 rows
-    computes its own from `W - Q`, one product with the cost of the update it replaces, and keeps it within the
-    block alone. So rounding errors do not pile up over sweeps.
+    strictly nearer, so `tr(D^T H D)`, `D = Q - W`, falls with every move and the fixed point is stable.
+    Output columns are independent and move together. The gradient is kept up to date lazily: a block of 128
+    rows computes its own from `W - Q`, at the cost of the update that this replaces, and maintains it while
+    the block is visited. So rounding errors do not pile up over sweeps.
 
     Args:
-      problem: `target` `[in, out]`, any float dtype, and the moments; computed in float32, or in float64 where
-        either is. `weight` is not read.
-      rounded: codes `[in, out]`, in the order of `rounded.order` if there is one. Rows are visited in the order
-        in which they lie.
+      problem: `target` `[in, out]`, any float dtype, and the moments; computed in float32, or in float64
+        where either is. `weight` is not read.
+      rounded: codes `[in, out]`, in the order of `rounded.order` if there is one. Rows are visited in the
+        order in which they lie.
       sweeps: passes over all inputs; 2 to 4 suffice.
 
     Returns:
@@ -95,17 +95,18 @@ def coordinate_descent(problem: Problem, rounded: Rounded, *, sweeps: int = 4) -
 
         start_block = jnp.zeros((block, columns), dtype)
         _, visited = jax.lax.scan(visit_strip, start_block, jnp.arange(0, block, _STRIP))
-        return tuple(
+        values, codes = (
             jax.lax.dynamic_update_slice_in_dim(whole, part.reshape(block, columns), start, axis=0)
             for whole, part in zip(state, visited, strict=True)
-        ), None
+        )
+        return (values, codes), None
 
     def sweep(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         return jax.lax.scan(visit_block, state, jnp.arange(0, rows + pad, block))[0]
 
     values = grid.dequantize(rounded.codes, rounded.scale, rounded.zero, dtype)
-    start = tuple(jnp.pad(a, ((0, pad), (0, 0))) for a in (values, rounded.codes))
-    values, codes = (a[:rows] for a in jax.lax.fori_loop(0, sweeps, sweep, start))
+    state = jnp.pad(values, ((0, pad), (0, 0))), jnp.pad(rounded.codes, ((0, pad), (0, 0)))
+    values, codes = (a[:rows] for a in jax.lax.fori_loop(0, sweeps, sweep, state))
     stats = dataclasses.replace(rounded.stats, error=layer_error(values, w, h))
     return dataclasses.replace(rounded, codes=codes, stats=stats)
 

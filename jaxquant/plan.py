@@ -1,0 +1,95 @@
+"""What a run will take, known before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax.numpy as jnp
+
+from jaxquant.errors import UsageError
+from jaxquant.io.checkpoint import PATHS
+from jaxquant.models.config import LINEARS, ModelConfig
+from jaxquant.recipe import RTN, Recipe
+
+# Tokens that go through a block at once: enough for full-speed products, little memory.
+BATCH_TOKENS = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run will take, known before it starts.
+
+    Attributes:
+      peak_bytes: estimated peak of resident memory.
+      output_bytes: size of the packed model.
+      source_bytes: size of the same parameters in 16 bits.
+      seconds: estimated duration on this machine.
+      linears: number of matrices to quantize.
+      effective_bits: stored bits per quantized weight.
+    """
+
+    peak_bytes: int
+    output_bytes: int
+    source_bytes: int
+    seconds: float
+    linears: int
+    effective_bits: float
+
+
+def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> Plan:
+    """Checks that the grid fits every linear and estimates memory, size and time.
+
+    Raises:
+      UsageError: a group size does not divide the inputs of a linear (named), or blocks
+        differ in a grid.
+    """
+    shapes = {path: config.linear_shape(path) for path in PATHS}
+    packed = 0.0
+    for index in range(config.num_layers):
+        for path, (n, m) in shapes.items():
+            module = f"blocks.{index}.{path}"
+            own, first = recipe.at(module), recipe.at(f"blocks.0.{path}")
+            own.grid.groups(n, where=module)
+            if (own.grid, own.stores_order) != (first.grid, first.stores_order):
+                raise UsageError(
+                    f"{module}: {own}, but block 0 has {first}; blocks are stacked, so give a linear the "
+                    "same grid and order of groups in every block"
+                )
+            packed += own.grid.effective_bits(n) / 8 * n * m + 4 * n * own.stores_order
+    tokens, layers = samples * seqlen, config.num_layers
+    weights = sum(n * m for n, m in shapes.values())
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    taps = [shapes[paths[0]][0] for _, paths in LINEARS]
+    hessians = 4 * sum(n * n for n in taps)
+    batch = min(tokens, BATCH_TOKENS)
+    widest = max(taps)
+    solve = 4 * (4 * widest * widest + 6 * max(n * m for n, m in shapes.values()))
+    activations = 4 * (2 * tokens * config.hidden_size + batch * (6 * config.hidden_size + 3 * widest))
+    # 450 MB: the interpreter, JAX and its compiler.
+    peak = 450e6 + 4 * embeddings + 3 * 4 * weights + hessians + solve + activations
+
+    solving = sum(not isinstance(stage, RTN) for stage in recipe.stages)
+    solves = solving * sum(n * n * m * 4 + n**3 for n, m in shapes.values())
+    passes = (1 + len(LINEARS)) if recipe.true_sequential else 2
+    products = passes * 2 * tokens * weights + 2 * tokens * sum(n * n for n in taps)
+    # The solve is a chain of small steps and runs at about a tenth of the speed of large products.
+    seconds = layers * (products + 10 * solves) / _flops_per_second() + 20 + 0.3 * layers
+    return Plan(
+        peak_bytes=int(peak),
+        output_bytes=int(packed + 2 * embeddings),
+        source_bytes=int(2 * (layers * weights + embeddings)),
+        seconds=seconds,
+        linears=layers * len(shapes),
+        effective_bits=8 * packed / (layers * weights),
+    )
+
+
+def _flops_per_second() -> float:
+    """Speed of a large float32 product, measured once."""
+    a = jnp.ones((1024, 1024), jnp.float32)
+    (a @ a).block_until_ready()
+    begun = time.perf_counter()
+    for _ in range(4):
+        (a @ a).block_until_ready()
+    return 4 * 2 * 1024**3 / (time.perf_counter() - begun)
