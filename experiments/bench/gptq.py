@@ -21,6 +21,10 @@ import statistics
 import time
 from pathlib import Path
 
+# Before JAX loads its LAPACK: OpenBLAS threads wait by spinning, and a Cholesky factorization of 1 ms takes
+# 500 ms where another process holds a core. Torch's CPU build does not read this variable.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
