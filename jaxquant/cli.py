@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -411,6 +412,9 @@ def _print_line(event: Any) -> None:
 
 def main() -> None:
     """Entry point: maps errors to exit codes (0 done, 1 failed, 2 usage, 130 interrupted)."""
+    # LAPACK's threads wait by spinning: where other processes hold the cores, a Cholesky of 1 ms
+    # takes 500 ms. One thread loses little on an idle machine. Read when JAX loads LAPACK: set it before.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Typer vendors click or depends on it, by version; its usage errors derive from this class either way.
     click_exception: Any = typer.BadParameter.__mro__[2]
     try:

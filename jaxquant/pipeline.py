@@ -228,74 +228,80 @@ def _propagate(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool)
     return y.astype(jnp.float32)
 
 
+def _collect(
+    params: Any, config: ModelConfig, hidden: np.ndarray, *, sliding: bool, taps: tuple[str, ...]
+) -> dict[str, Moments]:
+    moments = None
+    for part in _batches(hidden):
+        seen = _observe_block(params, config, hidden[part], sliding=sliding, taps=taps)
+        moments = seen if moments is None else {tap: merge(moments[tap], seen[tap]) for tap in taps}
+    assert moments is not None
+    return jax.block_until_ready(moments)  # else their time would count as that of the first linear
+
+
 def _quantize_block(
     source: Source, index: int, recipe: Recipe, hidden: np.ndarray, on_event: Callable[[Event], None]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One block's parameters with packed kernels, and the record (rows, histograms) that goes with them."""
     config, sliding = source.config, source.config.slides(index)
-    params = jax.tree.map(jnp.asarray, source.block(index))
+    original = params = jax.tree.map(jnp.asarray, source.block(index))
     record: dict[str, Any] = {"rows": [], "histograms": []}
+    pictured = index in (0, config.num_layers // 2, config.num_layers - 1)
+    # A quarter of the samples judges where the recipe has a choice.
+    judges = np.arange(len(hidden)) % 4 == 3
+    holds_out = recipe.holds_out and judges.any() and not recipe.folds
     # One pass serves all taps; true-sequential order needs a pass after each quantized group of linears.
-    stages = [[group] for group in LINEARS] if recipe.true_sequential else [list(LINEARS)]
-    for stage in stages:
+    for stage in [[group] for group in LINEARS] if recipe.true_sequential else [list(LINEARS)]:
         taps = tuple(tap for tap, _ in stage)
-        moments = None
-        for part in _batches(hidden):
-            seen = _observe_block(params, config, hidden[part], sliding=sliding, taps=taps)
-            moments = seen if moments is None else {tap: merge(moments[tap], seen[tap]) for tap in taps}
-        assert moments is not None
-        jax.block_until_ready(moments)  # else their time would count as that of the first linear
-        for tap, paths in stage:
-            for path in paths:
-                part, name = path.split(".")
-                kernel, row = _quantize_linear(
-                    params[part][name]["kernel"], moments[tap], recipe, index, path
-                )
-                if index in (0, config.num_layers // 2, config.num_layers - 1) and path in (
-                    "attn.q",
-                    "mlp.down",
-                ):
-                    record["histograms"].append(
-                        _histogram(params[part][name]["kernel"], kernel, row["module"])
-                    )
-                params[part] = {**params[part], name: {**params[part][name], "kernel": kernel}}
-                record["rows"].append(row)
-                on_event({"event": "row", **row})
+        seen = hidden[~judges] if holds_out else hidden
+        moments = plain = _collect(params, config, seen, sliding=sliding, taps=taps)
+        held_out = _collect(params, config, hidden[judges], sliding=sliding, taps=taps) if holds_out else {}
+        for fold in recipe.folds:
+            equal_heads = config.num_heads == config.num_kv_heads
+            facts = {"norm_plus_one": config.norm_plus_one, "equal_heads": equal_heads}
+            params, moments = fold(params, moments, recipe.grid, **facts)
+        for tap, path in [(tap, path) for tap, paths in stage for path in paths]:
+            part, name = path.split(".")
+            kernel = params[part][name]["kernel"]
+            own = recipe.at(f"blocks.{index}.{path}")
+            problem = Problem.of(kernel, moments[tap], own.grid, held_out=held_out.get(tap))
+            packed, row = _quantize_linear(problem, own, index, path)
+            nearest = rtn(original[part][name]["kernel"], plain[tap], own.grid)
+            row["error_rtn"] = float(nearest.stats.error)
+            if pictured and path in ("attn.q", "mlp.down"):
+                record["histograms"].append(_histogram(kernel, packed, row["module"]))
+            params = {**params, part: {**params[part], name: {**params[part][name], "kernel": packed}}}
+            record["rows"].append(row)
+            on_event({"event": "row", **row})
     return params, record
 
 
-def _quantize_linear(
-    kernel: jax.Array, moments: Moments, recipe: Recipe, index: int, path: str
-) -> tuple[QArray, Event]:
+def _quantize_linear(problem: Problem, recipe: Recipe, index: int, path: str) -> tuple[QArray, Event]:
     begun = time.monotonic()
     module = f"blocks.{index}.{path}"
-    grid = recipe.at(module).grid
-    problem = Problem.of(kernel, moments, grid)
-    rounded = recipe.at(module)(problem)
+    rounded = recipe(problem)
     stats = jax.tree.map(np.asarray, rounded.stats)
     if not stats.finite:
-        which = "its weight" if not bool(jnp.all(jnp.isfinite(kernel))) else "the activations that enter it"
+        fault = not bool(jnp.all(jnp.isfinite(problem.target)))
+        which = "its weight" if fault else "the activations that enter it"
         raise NonFiniteError(
             f"{module}: NaN or infinity in {which}; check the model file, or run the model in float32"
         )
     packed = rounded.pack()
-    seconds = time.monotonic() - begun
-    error_rtn = rtn(kernel, moments, grid).stats.error
     row = {
         "module": module,
         "block": index,
         "linear": path,
         "shape": list(packed.shape),
-        "bits": grid.bits,
-        "group_size": grid.group_size,
-        "error_rtn": float(error_rtn),
+        "bits": packed.grid.bits,
+        "group_size": packed.grid.group_size,
         "error": float(stats.error),
         "damping": float(stats.damping),
         "attempts": int(stats.attempts),
         "fallback": bool(stats.fallback),
         "dead": int(stats.dead),
         "bytes": packed.nbytes,
-        "seconds": seconds,
+        "seconds": time.monotonic() - begun,
     }
     return packed, row
 

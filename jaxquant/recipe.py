@@ -2,10 +2,10 @@
 
     chain(OSAQ(eta=1e3), GPTQ(), CoordinateDescent(sweeps=4), grid=Grid(bits=2, group_size=64))
 
-A stage is a frozen dataclass of options. A `Transform` maps `Problem -> Problem`, a `Rounding` maps
-`Problem -> Rounded`, a `Refinement` maps `(Problem, Rounded) -> Rounded`; a chain has transforms, one
-rounding, then refinements. A recipe is called with the problem of one layer, under `jit` and `vmap` too; it
-is JSON and TOML both ways.
+A stage (see `stages`) is a frozen dataclass of options. A `Fold` changes a whole block, a `Transform` maps
+`Problem -> Problem`, a `Rounding` maps `Problem -> Rounded`, a `Refinement` maps `(Problem, Rounded) ->
+Rounded`; a chain has them in this order, with one rounding. A recipe is called with the problem of one layer,
+under `jit` and `vmap` too; it is JSON and TOML both ways.
 """
 
 from __future__ import annotations
@@ -16,97 +16,30 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.errors import InputError, UsageError
-from jaxquant.methods import Problem, Rounded, gptq, layer_error, rtn
-from jaxquant.methods.gptq import Groups
+from jaxquant.methods import Problem, Rounded, layer_error
 from jaxquant.quant import Grid
-
-_STAGES: dict[str, type[Stage]] = {}
-_S = TypeVar("_S", bound="type[Stage]")
-
-
-class Stage:
-    """Base of all stages; `name` is the one that files use."""
-
-    name: ClassVar[str] = ""
-
-
-class Transform(Stage):
-    """Changes `problem.weight` before it is rounded."""
-
-    def __call__(self, problem: Problem) -> Problem:
-        """The changed problem."""
-        raise NotImplementedError
-
-
-class Rounding(Stage):
-    """Puts `problem.weight` on `problem.grid`."""
-
-    def __call__(self, problem: Problem) -> Rounded:
-        """The rounded weight; its error is against `problem.weight`."""
-        raise NotImplementedError
-
-
-class Refinement(Stage):
-    """Improves a rounding with respect to `problem.target`."""
-
-    def __call__(self, problem: Problem, rounded: Rounded) -> Rounded:
-        """The improved rounding."""
-        raise NotImplementedError
-
-
-def register(name: str) -> Callable[[_S], _S]:
-    """Class decorator: recipes with this stage can be saved, and loaded where the decorator has run."""
-
-    def add(stage: _S) -> _S:
-        stage.name = name
-        _STAGES[name] = stage
-        return stage
-
-    return add
-
-
-@register("rtn")
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RTN(Rounding):
-    """Rounding to nearest; see `methods.rtn`."""
-
-    def __call__(self, problem: Problem) -> Rounded:
-        """See `methods.rtn.rtn`."""
-        return rtn(problem.weight, problem.moments, problem.grid)
-
-    def __str__(self) -> str:
-        return "RTN"
-
-
-@register("gptq")
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GPTQ(Rounding):
-    """Error feedback through the inverse Hessian; options as in `methods.gptq.gptq`."""
-
-    act_order: bool = True
-    groups: Groups = "static"
-    percdamp: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not self.percdamp > 0:
-            raise UsageError(f"percdamp={self.percdamp} must be positive; 0.001 to 0.05 is usual")
-        if self.groups not in ("static", "dynamic"):
-            raise UsageError(f"unknown groups {self.groups!r}; use static or dynamic")
-
-    def __call__(self, problem: Problem) -> Rounded:
-        """See `methods.gptq.gptq`."""
-        options = {"act_order": self.act_order, "groups": self.groups, "percdamp": self.percdamp}
-        return gptq(problem.weight, problem.moments, problem.grid, **options)
-
-    def __str__(self) -> str:
-        order = "act-order" if self.act_order else "no act-order"
-        return f"GPTQ ({order}, {self.groups} groups, damping {self.percdamp:g})"
+from jaxquant.stages import (
+    AWQ,
+    GPTQ,
+    OSAQ,
+    RTN,
+    STAGES,
+    Best,
+    CoordinateDescent,
+    Fold,
+    MagR,
+    Refinement,
+    Rounding,
+    Stage,
+    Transform,
+    register,
+)
 
 
 @register("masked")
@@ -139,28 +72,30 @@ class Recipe:
 
     def __post_init__(self) -> None:
         ranks = [_rank(stage) for stage in self.stages]
-        if ranks != sorted(ranks) or ranks.count(1) != 1:
+        if ranks != sorted(ranks) or ranks.count(_rank(RTN())) != 1:
             shown = ", ".join(map(str, self.stages)) or "nothing"
-            raise UsageError(f"a chain is transforms, one rounding, refinements; got {shown}")
+            raise UsageError(f"a chain is folds, transforms, one rounding, refinements; got {shown}")
+        if self.folds and self.true_sequential:
+            raise UsageError(
+                f"{self.folds[0]} changes a block before it is rounded; leave true_sequential out"
+            )
 
     def __call__(self, problem: Problem) -> Rounded:
         """The rounded layer, `stats.error` against `problem.target`.
 
-        Masked stages and rules need a path: call `recipe.at(path)` first.
+        Folds, masked stages and rules need a place in a model: call `recipe.at(path)` first.
         """
-        rounded, moved = None, False
-        for stage in self.stages:
-            if isinstance(stage, Transform):
-                problem, moved = stage(problem), True
-            elif isinstance(stage, Rounding):
-                rounded = stage(problem)
-                rounded = _against_target(problem, rounded) if moved else rounded
-            elif isinstance(stage, Refinement) and rounded is not None:
-                rounded = stage(problem, rounded)
-            else:
-                raise UsageError(f"{stage} depends on the module; call recipe.at(path) first")
-        assert rounded is not None
-        return rounded
+        return _run(self.stages, problem)
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        """The stages that change whole blocks; `at` leaves them out."""
+        return tuple(stage for stage in self.stages if isinstance(stage, Fold))
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a stage makes choices, for which tokens are to be held out."""
+        return any(isinstance(stage, Best) for stage in self.stages)
 
     @property
     def stores_order(self) -> bool:
@@ -169,12 +104,14 @@ class Recipe:
         return bool(orders) and self.grid.group_size is not None
 
     def at(self, path: str) -> Recipe:
-        """The recipe of the module at `path` (`blocks.3.mlp.down`): rules and masks resolved."""
+        """What happens to the module at `path` (`blocks.3.mlp.down`): rules and masks resolved, no folds."""
         for pattern, recipe in self.rules:
             if re.search(pattern, path):
                 return recipe.at(path)
         kept = []
         for stage in self.stages:
+            if isinstance(stage, Fold):
+                continue
             if not isinstance(stage, Masked):
                 kept.append(stage)
             elif re.search(stage.pattern, path):
@@ -266,9 +203,21 @@ def by_path(rules: Mapping[str, Recipe], default: Recipe) -> Recipe:
     return dataclasses.replace(default, rules=(*rules.items(), *default.rules))
 
 
+_OSAQ = Best((OSAQ(eta=300.0), OSAQ(eta=1e3), OSAQ(eta=1e4)))
+
+#: Named recipes: their stages, given the GPTQ stage.
 NAMES: dict[str, Callable[[GPTQ], tuple[Stage, ...]]] = {
     "rtn": lambda gptq: (RTN(),),
     "gptq": lambda gptq: (gptq,),
+    "gptq-cd": lambda gptq: (gptq, CoordinateDescent()),
+    "awq-rtn": lambda gptq: (AWQ(), RTN()),
+    "awq-gptq": lambda gptq: (AWQ(), gptq),
+    "magr-rtn": lambda gptq: (MagR(), RTN()),
+    "magr-gptq": lambda gptq: (MagR(), gptq),
+    "osaq-rtn": lambda gptq: (_OSAQ, RTN()),
+    "osaq-gptq": lambda gptq: (_OSAQ, gptq),
+    "osaq-dagger": lambda gptq: (_OSAQ, gptq, CoordinateDescent()),
+    "osaq-awq": lambda gptq: (AWQ(), _OSAQ, RTN()),
 }
 
 
@@ -283,6 +232,25 @@ def named(name: str, grid: Grid, *, gptq: GPTQ | None = None, true_sequential: b
     return chain(*NAMES[name](gptq or GPTQ()), grid=grid, true_sequential=true_sequential)
 
 
+def _run(stages: tuple[Stage, ...], problem: Problem) -> Rounded:
+    rounded, moved = None, False
+    for position, stage in enumerate(stages):
+        if isinstance(stage, Transform):
+            problem, moved = stage(problem), True
+        elif isinstance(stage, Best):
+            rest = stages[position + 1 :]
+            problem, moved = stage.choose(problem, lambda trial, rest=rest: _run(rest, trial)), True
+        elif isinstance(stage, Rounding):
+            rounded = stage(problem)
+            rounded = _against_target(problem, rounded) if moved else rounded
+        elif isinstance(stage, Refinement) and rounded is not None:
+            rounded = stage(problem, rounded)
+        else:
+            raise UsageError(f"{stage} depends on the place in a model; call recipe.at(path) first")
+    assert rounded is not None
+    return rounded
+
+
 @jax.jit
 def _against_target(problem: Problem, rounded: Rounded) -> Rounded:
     """`rounded` with its error measured against `problem.target`, which transforms have moved away from."""
@@ -293,9 +261,9 @@ def _against_target(problem: Problem, rounded: Rounded) -> Rounded:
 
 
 def _rank(stage: Stage) -> int:
-    """0, 1, 2 for transforms, roundings, refinements."""
+    """Place in a chain: folds, transforms, roundings, refinements."""
     stage = stage.stage if isinstance(stage, Masked) else stage
-    for rank, kind in enumerate((Transform, Rounding, Refinement)):
+    for rank, kind in enumerate((Fold, (Transform, Best), Rounding, Refinement)):
         if isinstance(stage, kind):
             return rank
     raise UsageError(f"{stage!r} is no stage: derive it from Transform, Rounding or Refinement")
@@ -313,17 +281,22 @@ def _stage_to_dict(stage: Stage) -> dict[str, Any]:
         raise UsageError(f"{type(stage).__name__} cannot be saved; decorate the class with @register(name)")
     if isinstance(stage, Masked):
         return {"stage": stage.name, "pattern": stage.pattern, "of": _stage_to_dict(stage.stage)}
+    if isinstance(stage, Best):
+        candidates = [_stage_to_dict(candidate) for candidate in stage.candidates]
+        return {"stage": stage.name, "columns": stage.columns, "candidates": candidates}
     return {"stage": stage.name, **dataclasses.asdict(stage)}  # pyright: ignore[reportArgumentType]
 
 
 def _stage_from_dict(fields: Mapping[str, Any]) -> Stage:
     options = dict(fields)
     name = options.pop("stage", None)
-    if name not in _STAGES:
-        raise UsageError(f"unknown stage {name!r}; there are {', '.join(sorted(_STAGES))}")
+    if name not in STAGES:
+        raise UsageError(f"unknown stage {name!r}; there are {', '.join(sorted(STAGES))}")
     if name == Masked.name:
         return masked(_stage_from_dict(options["of"]), options["pattern"])
-    return _build(_STAGES[name], name, options)
+    if name == Best.name:
+        options["candidates"] = tuple(_stage_from_dict(candidate) for candidate in options["candidates"])
+    return _build(STAGES[name], name, options)
 
 
 def _build(kind: Any, name: str, options: Mapping[str, Any]) -> Any:

@@ -152,6 +152,8 @@ def test_reload_is_bit_exact_and_runs(finished, tokens):
     named("gptq", GRID, true_sequential=True),
     named("gptq", GRID, gptq=GPTQ(groups="dynamic")),
     named("gptq", Grid(bits=4, symmetric=True)),
+    named("awq-gptq", GRID),
+    named("osaq-dagger", GRID),
 ], ids=str)  # fmt: skip
 def test_every_option_gives_a_loadable_model(recipe, params, tokens, tmp_path):
     quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q")
@@ -240,7 +242,7 @@ def test_group_size_that_does_not_divide_is_refused_before_anything_is_written(p
 
 def test_blocks_with_different_grids_are_refused_before_anything_is_written(params, tokens, tmp_path):
     recipe = by_path({"blocks.0.*": named("rtn", Grid(bits=8, group_size=16))}, RECIPE)
-    with pytest.raises(UsageError, match=r"blocks\.1\.attn\.q: W3 g16 .* but block 0 has W8 g16"):
+    with pytest.raises(UsageError, match=r"blocks\.1\.attn\.q: .*W3 g16 .* but block 0 has RTN, W8 g16"):
         quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q")
     assert not (tmp_path / "q").exists()
 

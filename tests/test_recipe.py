@@ -15,9 +15,13 @@ from jaxquant.errors import InputError, UsageError
 from jaxquant.methods import Problem, Rounded, gptq, layer_error, rtn
 from jaxquant.quant import Grid
 from jaxquant.recipe import (
+    AWQ,
     GPTQ,
     NAMES,
+    OSAQ,
     RTN,
+    Best,
+    CoordinateDescent,
     Recipe,
     Refinement,
     Transform,
@@ -95,10 +99,76 @@ def test_recipes_run_under_jit_and_vmap(layer):
         np.testing.assert_allclose(together.stats.error[i], one.stats.error, rtol=1e-4)
 
 
-@pytest.mark.parametrize("stages", [(), (GPTQ(), RTN()), (GPTQ(), Shrink()), (Nothing(), RTN()), (Shrink(),)])
+@pytest.mark.parametrize(
+    "stages",
+    [(), (GPTQ(), RTN()), (GPTQ(), Shrink()), (Nothing(), RTN()), (Shrink(),), (Shrink(), AWQ(), RTN())],
+)
 def test_other_orders_are_refused(stages):
-    with pytest.raises(UsageError, match="transforms, one rounding, refinements"):
+    with pytest.raises(UsageError, match="folds, transforms, one rounding, refinements"):
         chain(*stages, grid=GRID)
+
+
+def test_the_best_candidate_is_judged_on_held_out_tokens(layer):
+    weight, moments = layer
+    ruin, help_ = Shrink(factor=0.1), Shrink(factor=0.98)
+    held_out = dataclasses.replace(moments, second=2 * moments.second)
+    problem = Problem.of(weight, moments, GRID, held_out=held_out)
+    off = chain(Best((ruin,)), RTN(), grid=GRID)(problem)
+    np.testing.assert_array_equal(off.codes, rtn(weight, moments, GRID).codes)
+    errors = {
+        f: float(chain(Shrink(factor=f), RTN(), grid=GRID)(problem).stats.error) for f in (0.1, 0.98, 1.0)
+    }
+    best = chain(Best((ruin, help_), columns=12), RTN(), grid=GRID)(problem)
+    assert float(best.stats.error) == pytest.approx(min(errors.values()), rel=1e-5)
+    # Judged on tokens along one direction only, the choice is another than on the calibration tokens.
+    only = jnp.zeros_like(moments.second).at[0, 0].set(1.0)
+    narrow = dataclasses.replace(problem, held_out=dataclasses.replace(moments, second=only))
+    candidates = tuple(Shrink(factor=f) for f in (0.9, 0.95, 1.05, 1.1))
+    chosen = chain(Best(candidates, columns=12), RTN(), grid=GRID)(narrow).pack().dequantize()
+    alone = [
+        chain(c, RTN(), grid=GRID)(problem).pack().dequantize() for c in (Shrink(factor=1.0), *candidates)
+    ]
+    first_row = [float(jnp.sum((q[0] - weight[0]) ** 2)) for q in alone]
+    assert float(jnp.sum((chosen[0] - weight[0]) ** 2)) == pytest.approx(min(first_row), rel=1e-5)
+
+
+def test_the_rounding_after_a_choice_sees_all_tokens(layer):
+    weight, moments = layer
+    half = dataclasses.replace(moments, second=0.5 * moments.second)
+    split = Problem.of(weight, half, GRID, held_out=half)
+    whole = chain(Best((Shrink(factor=0.1),)), GPTQ(), grid=GRID)(split)
+    np.testing.assert_array_equal(whole.codes, gptq(weight, moments, GRID).codes)
+
+
+@pytest.mark.parametrize("name", ["magr-gptq", "osaq-gptq", "osaq-dagger"])
+def test_transforms_and_refinements_run_under_vmap(name, layer):
+    weight, moments = layer
+    recipe = named(name, GRID)
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), Problem.of(weight, moments, GRID))
+    together = jax.vmap(recipe)(stack)
+    one = recipe(Problem.of(weight, moments, GRID))
+    assert np.mean(np.asarray(together.codes[1]) != np.asarray(one.codes)) < 0.01
+    np.testing.assert_allclose(together.stats.error[0], one.stats.error, rtol=0.02)
+
+
+def test_coordinate_descent_lowers_the_error(layer):
+    problem = Problem.of(*layer, GRID)
+    before, after = (
+        chain(*stages, grid=GRID)(problem) for stages in ((GPTQ(),), (GPTQ(), CoordinateDescent()))
+    )
+    assert after.stats.error < before.stats.error
+
+
+def test_folds_need_a_block():
+    recipe = chain(AWQ(), GPTQ(), grid=GRID)
+    assert recipe.folds == (AWQ(),)
+    assert recipe.at("blocks.0.attn.q").stages == (GPTQ(),)
+    with pytest.raises(
+        UsageError, match="AWQ changes a block before it is rounded; leave true_sequential out"
+    ):
+        chain(AWQ(), RTN(), grid=GRID, true_sequential=True)
+    assert chain(Best((OSAQ(),)), RTN(), grid=GRID).holds_out
+    assert not recipe.holds_out
 
 
 def test_what_is_no_stage_is_refused():
@@ -118,7 +188,7 @@ def test_rules_and_masks_are_resolved_by_path():
 
 
 def test_a_mask_needs_a_path(layer):
-    with pytest.raises(UsageError, match=r"depends on the module; call recipe\.at\(path\) first"):
+    with pytest.raises(UsageError, match=r"depends on the place in a model; call recipe\.at\(path\) first"):
         chain(masked(Shrink(), "attn"), RTN(), grid=GRID)(Problem.of(*layer, GRID))
 
 
@@ -171,7 +241,7 @@ def test_unregistered_stages_cannot_be_saved():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(UsageError, match=r"unknown recipe 'gtpq'; use one of rtn, gptq"):
+    with pytest.raises(UsageError, match=r"unknown recipe 'gtpq'; use one of rtn, gptq, gptq-cd"):
         named("gtpq", GRID)
     with pytest.raises(UsageError, match=r"percdamp=0.0 must be positive"):
         GPTQ(percdamp=0.0)

@@ -31,7 +31,6 @@ METHODS = {
     "RTN + clip search": ("mse", RTN()),
     "GPTQ": ("minmax", GPTQ(act_order=False)),
     "GPTQ + act-order": ("minmax", GPTQ()),
-    "GPTQ + clip search": ("mse", GPTQ(act_order=False)),
     "GPTQ + clip search + act-order": ("mse", GPTQ()),
 }
 

@@ -4,6 +4,7 @@ from jaxquant.methods.awq import awq, awq_scale
 from jaxquant.methods.coordinate import coordinate_descent
 from jaxquant.methods.gptq import gptq
 from jaxquant.methods.magr import linf_prox, magr
+from jaxquant.methods.osaq import osaq, osaq_delta, osaq_kernel, osaq_primal, osaq_top, softmax_infinity
 from jaxquant.methods.problem import Problem
 from jaxquant.methods.rounded import Rounded, Stats, layer_error
 from jaxquant.methods.rtn import rtn
@@ -19,5 +20,11 @@ __all__ = [
     "layer_error",
     "linf_prox",
     "magr",
+    "osaq",
+    "osaq_delta",
+    "osaq_kernel",
+    "osaq_primal",
+    "osaq_top",
     "rtn",
+    "softmax_infinity",
 ]

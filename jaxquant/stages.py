@@ -1,0 +1,217 @@
+"""Stages: what recipes are chained of - the options of one method each, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.calibrate.moments import Moments, merge
+from jaxquant.errors import UsageError
+from jaxquant.methods import Problem, Rounded, awq, coordinate_descent, gptq, layer_error, magr, osaq, rtn
+from jaxquant.methods.gptq import Groups
+from jaxquant.quant import Grid
+
+#: Registered stages by the name that files use.
+STAGES: dict[str, type[Stage]] = {}
+_S = TypeVar("_S", bound="type[Stage]")
+
+
+class Stage:
+    """Base of all stages; `name` is the one that files use."""
+
+    name: ClassVar[str] = ""
+
+
+class Transform(Stage):
+    """Changes `problem.weight` before it is rounded."""
+
+    def __call__(self, problem: Problem) -> Problem:
+        """The changed problem."""
+        raise NotImplementedError
+
+
+class Rounding(Stage):
+    """Puts `problem.weight` on `problem.grid`."""
+
+    def __call__(self, problem: Problem) -> Rounded:
+        """The rounded weight; its error is against `problem.weight`."""
+        raise NotImplementedError
+
+
+class Refinement(Stage):
+    """Improves a rounding with respect to `problem.target`."""
+
+    def __call__(self, problem: Problem, rounded: Rounded) -> Rounded:
+        """The improved rounding."""
+        raise NotImplementedError
+
+
+class Fold(Stage):
+    """Moves scales between the linears and norms of a block before any of it is rounded."""
+
+    def __call__(
+        self, block_params: Mapping[str, Any], moments: Mapping[str, Moments], grid: Grid, **facts: bool
+    ) -> tuple[dict[str, Any], dict[str, Moments]]:
+        """The block that computes the same, and the moments of its new inputs; facts: see `methods.awq`."""
+        raise NotImplementedError
+
+
+def register(name: str) -> Callable[[_S], _S]:
+    """Class decorator: recipes with this stage can be saved, and loaded where the decorator has run."""
+
+    def add(stage: _S) -> _S:
+        stage.name = name
+        STAGES[name] = stage
+        return stage
+
+    return add
+
+
+@register("rtn")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RTN(Rounding):
+    """Rounding to nearest; see `methods.rtn`."""
+
+    def __call__(self, problem: Problem) -> Rounded:
+        """See `methods.rtn.rtn`."""
+        return rtn(problem.weight, problem.moments, problem.grid)
+
+    def __str__(self) -> str:
+        return "RTN"
+
+
+@register("gptq")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPTQ(Rounding):
+    """Error feedback through the inverse Hessian; options as in `methods.gptq.gptq`."""
+
+    act_order: bool = True
+    groups: Groups = "static"
+    percdamp: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.percdamp > 0:
+            raise UsageError(f"percdamp={self.percdamp} must be positive; 0.001 to 0.05 is usual")
+        if self.groups not in ("static", "dynamic"):
+            raise UsageError(f"unknown groups {self.groups!r}; use static or dynamic")
+
+    def __call__(self, problem: Problem) -> Rounded:
+        """See `methods.gptq.gptq`."""
+        options = {"act_order": self.act_order, "groups": self.groups, "percdamp": self.percdamp}
+        return gptq(problem.weight, problem.moments, problem.grid, **options)
+
+    def __str__(self) -> str:
+        order = "act-order" if self.act_order else "no act-order"
+        return f"GPTQ ({order}, {self.groups} groups, damping {self.percdamp:g})"
+
+
+@register("magr")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MagR(Transform):
+    """Smaller largest weights at equal output; options as in `methods.magr.magr`."""
+
+    alpha: float | None = None
+    iterations: int = 150
+
+    def __call__(self, problem: Problem) -> Problem:
+        """See `methods.magr.magr`."""
+        return magr(problem, alpha=self.alpha, iterations=self.iterations)
+
+    def __str__(self) -> str:
+        return "MagR" if self.alpha is None else f"MagR (alpha {self.alpha:g})"
+
+
+@register("osaq")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OSAQ(Transform):
+    """Outliers absorbed along flat directions; options as in `methods.osaq.osaq`."""
+
+    form: str = "soft"
+    eta: float = 1e3
+    gamma: float = 1e-4
+    tau: float = 0.2
+    support: int | None = None
+
+    def __call__(self, problem: Problem) -> Problem:
+        """See `methods.osaq.osaq`."""
+        options = {"eta": self.eta, "gamma": self.gamma, "tau": self.tau, "support": self.support}
+        return osaq(problem, form=self.form, **options)  # pyright: ignore[reportArgumentType]
+
+    def __str__(self) -> str:
+        return (
+            f"OSAQ (soft, eta {self.eta:g})" if self.form == "soft" else f"OSAQ (hard, gamma {self.gamma:g})"
+        )
+
+
+@register("best")
+@dataclasses.dataclass(frozen=True)
+class Best(Stage):
+    """The transform among `candidates`, or none, that leaves the least error after rounding.
+
+    Candidates are tried on `columns` columns of the layer with the rest of the chain, and judged against
+    `problem.target` on the held-out tokens where there are some: an error on the tokens that the rounding
+    saw over-fits. The whole layer then takes the winner, with all tokens.
+    """
+
+    candidates: tuple[Transform, ...]
+    columns: int = 128
+
+    def choose(self, problem: Problem, then: Callable[[Problem], Rounded]) -> Problem:
+        """The transformed problem; `then` is the rest of the chain."""
+        judge = problem.moments if problem.held_out is None else problem.held_out
+        width = problem.weight.shape[-1]
+        chosen = jnp.arange(0, width, max(1, width // self.columns))[: self.columns]
+        trial = dataclasses.replace(
+            problem, weight=problem.weight[:, chosen], target=problem.target[:, chosen], held_out=None
+        )
+        options: tuple[Callable[[Problem], Problem], ...] = (lambda p: p, *self.candidates)
+        errors = jnp.stack([_error(then(option(trial)), trial.target, judge) for option in options])
+        if problem.held_out is not None:
+            problem = dataclasses.replace(problem, moments=merge(problem.moments, judge), held_out=None)
+        weights = jnp.stack([option(problem).weight for option in options])
+        return dataclasses.replace(problem, weight=weights[jnp.argmin(errors)])
+
+    def __str__(self) -> str:
+        return f"best of (off, {', '.join(map(str, self.candidates))})"
+
+
+@register("coordinate-descent")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoordinateDescent(Refinement):
+    """Integers moved one input at a time while the error falls; see `methods.coordinate`."""
+
+    sweeps: int = 4
+
+    def __call__(self, problem: Problem, rounded: Rounded) -> Rounded:
+        """See `methods.coordinate.coordinate_descent`."""
+        return coordinate_descent(problem, rounded, sweeps=self.sweeps)
+
+    def __str__(self) -> str:
+        return f"coordinate descent ({self.sweeps} sweeps)"
+
+
+@register("awq")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AWQ(Fold):
+    """Activation-aware scales folded into the previous operation; see `methods.awq.awq`."""
+
+    steps: int = 20
+
+    def __call__(
+        self, block_params: Mapping[str, Any], moments: Mapping[str, Moments], grid: Grid, **facts: bool
+    ) -> tuple[dict[str, Any], dict[str, Moments]]:
+        """See `methods.awq.awq`."""
+        return awq(block_params, moments, grid, steps=self.steps, **facts)
+
+    def __str__(self) -> str:
+        return "AWQ"
+
+
+@jax.jit
+def _error(rounded: Rounded, target: jax.Array, judge: Moments) -> jax.Array:
+    values = rounded.pack().dequantize(judge.second.dtype)
+    return layer_error(values, target.astype(values.dtype), judge.second)
