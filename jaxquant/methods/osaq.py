@@ -280,8 +280,8 @@ def osaq(
       deflate: see `deflated_mean`.
 
     Returns:
-      The problem with another weight, of the same dtype; the same weight, bit for bit, in columns where
-      nothing is gained, the null space is empty or something is not finite.
+      The problem with another weight, of the same dtype; the same weight, bit for bit and dead inputs apart,
+      in columns where nothing is gained, the null space is empty or something is not finite.
 
     Raises:
       UsageError: the group size does not divide `in`, `form` is neither word, or `support` or `steps` is
