@@ -177,10 +177,11 @@ def osaq_delta(
 ) -> Float[Array, "in out"]:
     """The step within the space of `G` that lowers the ranges of the groups of `grid`, and never raises them.
 
-    Per column `theta delta(s)`, `theta in {0, .1, .., 1}` the one with the least sum of squared ranges (what
-    `grid` would fit without a clip search, 0 included). s is `softmax_infinity(w - c)` and the weights are
-    pulled to c: the middle of the range in the groups of an asymmetric grid, else 0; in a whole column one
-    outlier moves the middle so far that all other weights on the other side are pulled along with it. With
+    Per column `theta delta(s)`, `theta in {0, .1, .., 1}` the one with the least sum of squared ranges:
+    `hi - lo` with 0 included, as `grid` fits it without a clip search; in groups the least range around
+    c, which bounds that and asks for smaller steps. s is `softmax_infinity(w - c)` and the weights are
+    pulled to c: the middle of the range in the groups of an asymmetric grid, else 0; in a whole column
+    one outlier moves the middle so far that all weights on the other side are pulled along with it. With
     `steps` > 1 Lawson's iteration, `s <- s |w - c + delta(s)|`, mean 1 in each group, goes on towards the
     least maximum and the best iterate counts; softmax anew at each step would oscillate.
 
@@ -204,12 +205,14 @@ def osaq_delta(
         lo, hi = jnp.minimum(jnp.min(grouped, axis=1), 0), jnp.maximum(jnp.max(grouped, axis=1), 0)
         return (-jnp.maximum(-lo, hi), jnp.maximum(-lo, hi)) if grid.symmetric else (lo, hi)
 
-    def ranges(w: Array) -> Array:
-        lo, hi = reach(w)
-        return jnp.sum(jnp.square(hi - lo), axis=0)
-
     lo, hi = reach(weight)
     middle = (lo + hi) / 2 if groups > 1 else jnp.zeros_like(lo)
+
+    def ranges(w: Array) -> Array:
+        lo, hi = reach(w)
+        width = 2 * jnp.maximum(hi - middle, middle - lo) if groups > 1 else hi - lo
+        return jnp.sum(jnp.square(width), axis=0)
+
     peaks = weight - jnp.repeat(middle, rows // groups, axis=0)
 
     def solve(s: Array) -> Array:

@@ -153,7 +153,10 @@ def test_groups_are_solved_jointly(double):
         step = np.linalg.solve(np.diag(s) + np.linalg.inv(g), -s * peaks.ravel())
         thetas = np.linspace(0, 1, 11)
         moved = [cells + t * step.reshape(groups, -1) for t in thetas]
-        values = [np.sum((np.maximum(c.max(1), 0) - np.minimum(c.min(1), 0)) ** 2) for c in moved]
+        reach = [
+            np.maximum(np.maximum(c.max(1), 0) - middle, middle - np.minimum(c.min(1), 0)) for c in moved
+        ]
+        values = np.sum(np.square(reach), axis=1)
         np.testing.assert_allclose(delta[:, i], thetas[np.argmin(values)] * step, atol=1e-9)
 
 
