@@ -71,7 +71,7 @@ def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", help="Folder for the quantized model.")],
     recipe: Annotated[
-        str, typer.Option("--recipe", help="gptq, rtn, or a .toml file (which sets the grid too).")
+        str, typer.Option("--recipe", help="rtn, gptq, awq-gptq, osaq-gptq, ... or a .toml file.")
     ] = "gptq",
     bits: BitsOption = 4,
     group_size: GroupSizeOption = 64,

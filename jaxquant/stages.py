@@ -13,7 +13,7 @@ from jaxquant.calibrate.moments import Moments, merge
 from jaxquant.errors import UsageError
 from jaxquant.methods import Problem, Rounded, awq, coordinate_descent, gptq, layer_error, magr, osaq, rtn
 from jaxquant.methods.gptq import Groups
-from jaxquant.quant import Grid
+from jaxquant.quant import Grid, working_dtype
 
 #: Registered stages by the name that files use.
 STAGES: dict[str, type[Stage]] = {}
@@ -172,7 +172,9 @@ class Best(Stage):
         errors = jnp.stack([_error(then(option(trial)), trial.target, judge) for option in options])
         if problem.held_out is not None:
             problem = dataclasses.replace(problem, moments=merge(problem.moments, judge), held_out=None)
-        weights = jnp.stack([option(problem).weight for option in options])
+        # Some transforms answer a half-precision weight in float32.
+        dtype = working_dtype(problem.weight.dtype, problem.moments.second.dtype)
+        weights = jnp.stack([option(problem).weight.astype(dtype) for option in options])
         return dataclasses.replace(problem, weight=weights[jnp.argmin(errors)])
 
     def __str__(self) -> str:

@@ -22,6 +22,7 @@ from jaxquant.recipe import (
     RTN,
     Best,
     CoordinateDescent,
+    MagR,
     Recipe,
     Refinement,
     Transform,
@@ -149,6 +150,13 @@ def test_transforms_and_refinements_run_under_vmap(name, layer):
     one = recipe(Problem.of(weight, moments, GRID))
     assert np.mean(np.asarray(together.codes[1]) != np.asarray(one.codes)) < 0.01
     np.testing.assert_allclose(together.stats.error[0], one.stats.error, rtol=0.02)
+
+
+def test_a_choice_takes_half_precision_weights(layer):
+    weight, moments = layer
+    recipe = chain(Best((Shrink(factor=0.98), MagR())), RTN(), grid=GRID)
+    rounded = recipe(Problem.of(weight.astype(jnp.bfloat16), moments, GRID))
+    assert float(rounded.stats.error) <= float(rtn(weight.astype(jnp.bfloat16), moments, GRID).stats.error)
 
 
 def test_coordinate_descent_lowers_the_error(layer):
