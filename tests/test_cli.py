@@ -174,8 +174,13 @@ def test_a_killed_run_resumes_to_the_same_bits(quantized, text, tmp_path, run):
 def test_ctrl_c_exits_130_and_says_how_to_go_on(text, tmp_path):
     folder = tmp_path / "interrupted"
     arguments = ["quantize", "tiny", *SMALL, "--calibration", str(text), "--out", str(folder)]
+    # Where the tests run in the background of a shell, SIGINT is ignored and children inherit that.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from jaxquant.cli import main; main()"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "jaxquant.cli", *arguments, "--json"],
+        [sys.executable, "-c", code, *arguments, "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
