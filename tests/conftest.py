@@ -22,6 +22,14 @@ def _find_shared() -> Path | None:
     return next((Path(c) for c in candidates if c and Path(c).is_dir()), None)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file stays on one worker: its tests share fixtures and compiled functions."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with WikiText-2 and stories260K; set JAXQUANT_SHARED_DATA to point elsewhere."""

@@ -155,7 +155,7 @@ def test_reload_is_bit_exact_and_runs(finished, tokens):
     named("gptq", GRID, gptq=GPTQ(groups="dynamic")),
     named("gptq", Grid(bits=4, symmetric=True)),
     named("awq-gptq", GRID),
-    named("osaq-dagger", GRID),
+    pytest.param(named("osaq-dagger", GRID), marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_every_option_gives_a_loadable_model(recipe, params, tokens, tmp_path):
     quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q")
