@@ -60,7 +60,7 @@ class Recipe:
 
     Attributes:
       grid: of the result.
-      stages: transforms, one rounding, refinements.
+      stages: folds, transforms, one rounding, refinements.
       true_sequential: linears of a block are calibrated with the block's earlier linears already quantized.
       rules: `(pattern, recipe)`: the first pattern found in a module's path replaces this recipe for it.
     """
@@ -79,6 +79,10 @@ class Recipe:
             raise UsageError(
                 f"{self.folds[0]} changes a block before it is rounded; leave true_sequential out"
             )
+        if any(recipe.folds or recipe.true_sequential for _, recipe in self.rules):
+            raise UsageError(
+                "folds and true_sequential concern whole blocks; give them to the default recipe"
+            )
 
     def __call__(self, problem: Problem) -> Rounded:
         """The rounded layer, `stats.error` against `problem.target`.
@@ -95,7 +99,8 @@ class Recipe:
     @property
     def holds_out(self) -> bool:
         """Whether a stage makes choices, for which tokens are to be held out."""
-        return any(isinstance(stage, Best) for stage in self.stages)
+        stages = (stage.stage if isinstance(stage, Masked) else stage for stage in self.stages)
+        return any(isinstance(s, Best) for s in stages) or any(r.holds_out for _, r in self.rules)
 
     @property
     def stores_order(self) -> bool:
@@ -193,6 +198,8 @@ def chain(*stages: Stage, grid: Grid, true_sequential: bool = False) -> Recipe:
 def masked(stage: Stage, pattern: str) -> Masked:
     """`stage` only for modules in whose path the regular expression `pattern` is found."""
     _check_pattern(pattern)
+    if isinstance(stage, Fold):
+        raise UsageError(f"{stage} changes a whole block and cannot be masked")
     return Masked(stage, pattern)
 
 

@@ -175,7 +175,18 @@ def test_folds_need_a_block():
         UsageError, match="AWQ changes a block before it is rounded; leave true_sequential out"
     ):
         chain(AWQ(), RTN(), grid=GRID, true_sequential=True)
-    assert chain(Best((OSAQ(),)), RTN(), grid=GRID).holds_out
+    with pytest.raises(UsageError, match="AWQ changes a whole block and cannot be masked"):
+        masked(AWQ(), "attn")
+    with pytest.raises(UsageError, match="give them to the default recipe"):
+        by_path({"mlp": recipe}, named("rtn", GRID))
+
+
+def test_choices_hold_tokens_out_wherever_they_stand():
+    recipe = named("gptq", GRID)
+    choice = chain(Best((OSAQ(),)), RTN(), grid=GRID)
+    assert choice.holds_out
+    assert chain(masked(Best((OSAQ(),)), "mlp"), RTN(), grid=GRID).holds_out
+    assert by_path({"mlp": choice}, recipe).holds_out
     assert not recipe.holds_out
 
 
