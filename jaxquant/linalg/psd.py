@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 _RUNGS = 11
+# Panels of a factorization: at most so many, whatever n is, and none narrower.
+_PANELS, _PANEL_ROWS = 8, 256
 
 
 @jax.tree_util.register_dataclass
@@ -40,9 +42,27 @@ class DampedFactor:
 def upper_cholesky(h: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """Upper `A` with `H = A A^T`: the Cholesky factor of the flipped matrix, flipped back.
 
+    Column panels from the last to the first, each less the product of those behind it: the work is in a few
+    large matrix products, which run on all cores where LAPACK's factorization may not.
+
     All NaN, or NaN from some pivot on, where `H` is not positive definite; `A[0, 0]` is the last pivot.
     """
-    return jnp.linalg.cholesky(h[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
+    n = h.shape[0]
+    size = -(-n // min(_PANELS, max(1, n // _PANEL_ROWS)))
+    a = jnp.zeros_like(h)
+    for stop in range(n, 0, -size):
+        start = max(0, stop - size)
+        # As rows, transposed: LAPACK wants columns, and XLA would turn the whole of H around for them.
+        panel = h[start:stop, :stop].T
+        if stop < n:
+            behind = a[:stop, stop:]
+            panel = panel - jnp.matmul(behind, behind[start:].T, precision="highest")
+        corner = _flipped_cholesky(panel[start:])
+        above = jax.lax.linalg.triangular_solve(
+            corner, panel[:start], left_side=False, lower=False, transpose_a=True
+        )
+        a = jax.lax.dynamic_update_slice(a, jnp.concatenate([above, corner]), (0, start))
+    return a
 
 
 def damped_factor(h: Float[Array, "n n"], percdamp: float | Array = 0.01) -> DampedFactor:
@@ -57,24 +77,40 @@ def damped_factor(h: Float[Array, "n n"], percdamp: float | Array = 0.01) -> Dam
       h: symmetric, float32 or float64, unit free: any positive multiple gives the same result up to scale.
       percdamp: relative damping of the first rung, > 0.
     """
-    eye = jnp.eye(h.shape[0], dtype=h.dtype)
+    n = h.shape[0]
     finite = jnp.all(jnp.isfinite(h))
-    h = jnp.where(finite, h, eye)
-    mean = jnp.mean(jnp.diagonal(h))
+    mean = jnp.where(finite, jnp.mean(jnp.diagonal(h)), 1)
     mean = jnp.where(mean > 0, mean, jnp.ones_like(mean))
     percdamp = jnp.asarray(percdamp, h.dtype)
-
-    def climb(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        _, _, attempt = state
-        damping = percdamp * jnp.exp2(attempt.astype(h.dtype))
-        return upper_cholesky(h + damping * mean * eye), damping, attempt + 1
 
     def failed(upper: Array) -> Array:
         return ~jnp.isfinite(upper[0, 0])
 
-    start = (jnp.full_like(h, jnp.nan), percdamp, jnp.asarray(0, jnp.int32))
-    upper, damping, attempts = jax.lax.while_loop(lambda s: failed(s[0]) & (s[2] < _RUNGS), climb, start)
-    fallback = failed(upper)
-    diagonal = jnp.maximum(jnp.diagonal(h), mean)
-    upper = jnp.where(fallback, jnp.diag(jnp.sqrt(diagonal)), upper)
+    def ladder(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        eye = jnp.eye(n, dtype=h.dtype)
+        usable = jnp.where(finite, h, eye)
+
+        def climb(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            _, _, attempt = state
+            damping = percdamp * jnp.exp2(attempt.astype(h.dtype))
+            return _flipped_cholesky(usable + damping * mean * eye), damping, attempt + 1
+
+        upper, damping, attempts = jax.lax.while_loop(lambda s: failed(s[0]) & (s[2] < _RUNGS), climb, state)
+        fallback = failed(upper)
+        diagonal = jnp.maximum(jnp.diagonal(usable), mean)
+        return jnp.where(fallback, jnp.sqrt(diagonal)[None, :] * eye, upper), damping, attempts, fallback
+
+    # The rule works at once; XLA on CPU would run the products of a loop's body on one core.
+    upper = upper_cholesky(h + percdamp * mean * jnp.eye(n, dtype=h.dtype))
+    upper = jnp.where(finite, upper, jnp.nan)
+    upper, damping, attempts, fallback = jax.lax.cond(
+        failed(upper),
+        ladder,
+        lambda state: (*state, jnp.asarray(False)),
+        (upper, percdamp, jnp.asarray(1, jnp.int32)),
+    )
     return DampedFactor(upper=upper, damping=damping, attempts=attempts, fallback=fallback, finite=finite)
+
+
+def _flipped_cholesky(h: Array) -> Array:
+    return jnp.linalg.cholesky(h[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]

@@ -80,14 +80,18 @@ def coordinate_descent(problem: Problem, rounded: Rounded, *, sweeps: int = 4) -
 
             def visit_row(strip_changes: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
                 k = start + offset + i
-                scale = rounded.scale[group[k]][None]
-                zero = None if rounded.zero is None else rounded.zero[group[k]][None]
-                best = values[k] + inverse[k] * (strip_gradient[i] - _product(within[i], strip_changes))
-                code = one_group.quantize(best[None], scale, zero)
-                value = one_group.dequantize(code, scale, zero, dtype)[0]
-                nearer = jnp.abs(value - best) < jnp.abs(values[k] - best)
-                value, code = jnp.where(nearer, value, values[k]), jnp.where(nearer, code[0], codes[k])
-                return strip_changes.at[i].set(value - values[k]), (value, code)
+                g = _slice(group, k, 1)[0]
+                scale = _slice(rounded.scale, g, 1)
+                zero = None if rounded.zero is None else _slice(rounded.zero, g, 1)
+                old = _slice(values, k, 1)
+                slope = _slice(strip_gradient, i, 1) - _product(_slice(within, i, 1), strip_changes)
+                best = old + _slice(inverse, k, 1)[:, None] * slope
+                code = one_group.quantize(best, scale, zero)
+                value = one_group.dequantize(code, scale, zero, dtype)
+                nearer = jnp.abs(value - best) < jnp.abs(old - best)
+                value, code = jnp.where(nearer, value, old), jnp.where(nearer, code, _slice(codes, k, 1))
+                changes = jax.lax.dynamic_update_slice_in_dim(strip_changes, value - old, i, axis=0)
+                return changes, (value[0], code[0])
 
             start_strip = jnp.zeros((_STRIP, columns), dtype)
             strip_changes, visited = jax.lax.scan(visit_row, start_strip, jnp.arange(_STRIP))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jaxquant.calibrate.moments import Moments
 from jaxquant.errors import UsageError
 from jaxquant.linalg import damped_factor
-from jaxquant.methods.rounded import Rounded, Stats, layer_error
+from jaxquant.methods.rounded import Rounded, Stats, output_energy, relative_energy
 from jaxquant.quant import Grid, working_dtype
 
 Groups = Literal["static", "dynamic"]
@@ -76,28 +76,32 @@ def gptq(
     # One group a column is fitted before any update either way, and static groups have the faster loop.
     dynamic = groups == "dynamic" and group_rows < rows
 
-    dead = jnp.diagonal(h) == 0
-    original, w = w, jnp.where(dead[:, None], 0, w)
-    mean = jnp.trace(h) / jnp.maximum(jnp.sum(~dead), 1).astype(dtype)
-    h = h + jnp.diag(jnp.where(dead, jnp.where(jnp.all(dead), 1, mean), 0))
-    scale, zero = grid.fit(w)
+    diagonal = jnp.diagonal(h)
+    dead = diagonal == 0
+    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1).astype(dtype)
+    diagonal = jnp.where(dead, jnp.where(jnp.all(dead), 1, mean), diagonal)
+    scale, zero = grid.fit(jnp.where(dead[:, None], 0, w))
 
-    order = jnp.argsort(-jnp.diagonal(h), stable=True) if act_order else jnp.arange(rows)
-    factor = damped_factor(h[order][:, order], percdamp)
+    order = jnp.argsort(-diagonal, stable=True) if act_order else jnp.arange(rows)
+    # Only the diagonal of a dead input is not 0.
+    mended = h[order][:, order] + jnp.diag(jnp.where(dead, diagonal, 0)[order])
+    factor = damped_factor(mended, percdamp)
 
     block = group_rows if dynamic else min(block, rows)
     strip = max(d for d in range(1, _STRIP + 1) if block % d == 0)
     pad = -rows % block
     # Padding rows come last and have no weight: nothing reaches a real row from them.
-    w = jnp.pad(w[order], ((0, pad), (0, 0)))
-    feedback = jnp.pad(factor.upper / jnp.diagonal(factor.upper)[None, :], ((0, pad), (0, pad)))
-    group = jnp.pad(jnp.arange(rows) // group_rows if dynamic else order // group_rows, (0, pad))
+    live = jnp.pad(~dead[order], (0, pad))
+    upper = jnp.pad(factor.upper, ((0, pad), (0, pad)))
+    pivots = jnp.pad(jnp.diagonal(factor.upper), (0, pad), constant_values=1)
+    input_of_row = jnp.pad(order, (0, pad))
+    group = jnp.zeros_like(input_of_row) if dynamic else input_of_row // group_rows
     one_group = dataclasses.replace(grid, group_size=None)
 
     def round_block(errors: Array, start: Array) -> tuple[Array, tuple[Array, Array, Array | None]]:
-        columns_of_block = _slice(feedback, start, block, axis=1)
+        columns_of_block = _slice(upper, start, block, axis=1) / _slice(pivots, start, block)[None, :]
         inside = _slice(columns_of_block, start, block)
-        target = _slice(w, start, block)
+        target = jnp.where(_slice(live, start, block)[:, None], w[_slice(input_of_row, start, block)], 0)
 
         def add_block(i: Array, received: Array) -> Array:
             above, earlier = (_slice(a, i * block, block) for a in (columns_of_block, errors))
@@ -120,13 +124,14 @@ def gptq(
             updated = weights + _slice(received, offset, strip) + _feed(columns_of_strip, block_errors)
 
             def round_row(strip_errors: Array, k: Array) -> tuple[Array, Array]:
-                row = updated[k] + _feed(factor_strip[:, k], strip_errors)
-                g = 0 if dynamic else group[start + offset + k]
-                row_scale = block_scale[g][None]
-                row_zero = None if block_zero is None else block_zero[g][None]
-                code = one_group.quantize(row[None], row_scale, row_zero)
-                value = one_group.dequantize(code, row_scale, row_zero, dtype)[0]
-                return strip_errors.at[k].set(weights[k] - value), code[0]
+                row = _slice(updated, k, 1) + _feed(_slice(factor_strip, k, 1, axis=1), strip_errors)
+                g = _slice(group, start + offset + k, 1)[0]
+                row_scale = _slice(block_scale, g, 1)
+                row_zero = None if block_zero is None else _slice(block_zero, g, 1)
+                code = one_group.quantize(row, row_scale, row_zero)
+                value = one_group.dequantize(code, row_scale, row_zero, dtype)
+                error = _slice(weights, k, 1) - value
+                return jax.lax.dynamic_update_slice_in_dim(strip_errors, error, k, axis=0), code[0]
 
             strip_errors, codes = jax.lax.scan(round_row, jnp.zeros_like(weights), jnp.arange(strip))
             return jax.lax.dynamic_update_slice_in_dim(block_errors, strip_errors, offset, axis=0), codes
@@ -136,21 +141,23 @@ def gptq(
         errors = jax.lax.dynamic_update_slice_in_dim(errors, block_errors, start, axis=0)
         return errors, (codes, block_scale[:1], None if block_zero is None else block_zero[:1])
 
-    _, (codes, scales, zeros) = jax.lax.scan(round_block, jnp.zeros_like(w), jnp.arange(0, rows + pad, block))
+    errors, (codes, scales, zeros) = jax.lax.scan(
+        round_block, jnp.zeros((rows + pad, columns), dtype), jnp.arange(0, rows + pad, block)
+    )
     codes, inverse = codes.reshape(-1, columns)[:rows], jnp.argsort(order)
     if dynamic:
         scale, zero = scales[:, 0], None if zeros is None else zeros[:, 0]
-        values = grid.dequantize(codes, scale, zero, dtype)[inverse]
     else:
         codes = codes[inverse]
-        values = grid.dequantize(codes, scale, zero, dtype)
+    # A dead input has a diagonal in `mended` that it has not in H.
+    errors = jnp.where(live[:rows, None], errors[:rows], 0)
     stats = Stats(
-        error=layer_error(values, original, moments.second.astype(dtype)),
+        error=relative_energy(output_energy(errors, mended), output_energy(w, h)),
         damping=factor.damping,
         attempts=factor.attempts,
         fallback=factor.fallback,
         dead=jnp.sum(dead, dtype=jnp.int32),
-        finite=factor.finite & jnp.all(jnp.isfinite(original)),
+        finite=factor.finite & jnp.all(jnp.isfinite(w)),
     )
     return Rounded(
         codes=codes,

@@ -23,6 +23,7 @@ class Stats:
       fallback: the factorization failed on every rung and the result is that of rounding to nearest.
       dead: inputs that were 0 on every calibration token.
       finite: the weight and the moments held neither NaN nor infinity.
+      choice: which candidate a `Best` stage took, counted from 1; 0 is none of them. `None`: no such stage.
     """
 
     error: Float[Array, "*stack"]
@@ -31,6 +32,7 @@ class Stats:
     fallback: Bool[Array, "*stack"]
     dead: Int[Array, "*stack"]
     finite: Bool[Array, "*stack"]
+    choice: Int[Array, "*stack"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -68,8 +70,14 @@ def layer_error(
     `second` is H or any positive multiple of it. 0 where the inputs or the weight were all 0, NaN for NaN.
     """
 
-    def energy(a: Array) -> Array:
-        return jnp.sum(a * jnp.matmul(second, a, precision="highest"), axis=(-2, -1))
+    return relative_energy(output_energy(rounded - weight, second), output_energy(weight, second))
 
-    total = energy(weight)
-    return jnp.where(total == 0, 0, energy(rounded - weight) / jnp.where(total == 0, 1, total))
+
+def output_energy(a: Float[Array, "*stack in out"], second: Float[Array, "*stack in in"]) -> Array:
+    """`tr(A^T H A)`."""
+    return jnp.sum(a * jnp.matmul(second, a, precision="highest"), axis=(-2, -1))
+
+
+def relative_energy(part: Array, total: Array) -> Array:
+    """`part / total`; 0 where `total` is."""
+    return jnp.where(total == 0, 0, part / jnp.where(total == 0, 1, total))

@@ -155,3 +155,12 @@ def test_vmap_equals_a_loop_with_mixed_attempts():
     np.testing.assert_array_equal(batched.fallback, loop.fallback)
     np.testing.assert_array_equal(batched.finite, loop.finite)
     np.testing.assert_allclose(batched.upper, loop.upper, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [255, 256, 600, 2049])
+def test_panels_give_the_factor_of_the_whole(n):
+    h = second_moments(n, 2 * n) / n + 0.1 * np.eye(n)
+    a = np.asarray(upper_cholesky(jnp.asarray(h)), np.float64)
+    expected = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    np.testing.assert_allclose(a, expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(np.tril(a, -1), 0)
