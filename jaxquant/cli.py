@@ -360,6 +360,8 @@ def _quantize(
 def _show(table: ProgressTable, linears: int, event: dict[str, Any]) -> None:
     if event["event"] == "row":
         table.row(event)
+    elif event["event"] == "gradient":
+        table.note(f"loss gradients of the original model: {event['done']} of {event['total']} passes")
     elif event["event"] == "resume":
         table.skip(linears * event["block"] // event["blocks"])
 

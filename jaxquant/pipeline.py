@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.calibrate.moments import Moments, merge, observe
+from jaxquant.calibrate.collect import batches, block_moments
+from jaxquant.calibrate.fisher import TokenWeights, fisher_weights
+from jaxquant.calibrate.moments import Moments
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source
@@ -22,7 +25,7 @@ from jaxquant.methods import Problem, rtn
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.models.decoder import block as block_forward
 from jaxquant.models.decoder import embed
-from jaxquant.plan import BATCH_TOKENS, Plan, plan
+from jaxquant.plan import Plan, plan
 from jaxquant.quant import QArray
 from jaxquant.recipe import Recipe, to_toml
 
@@ -51,7 +54,7 @@ def quantize_model(
       tokens: calibration windows, int32 `[samples, seqlen]`.
       folder: where the quantized model goes; must not exist, or be empty, unless `resume`.
       describe: facts about the calibration kept in the manifest (text, seed).
-      on_event: called with `{"event": "row" | "block" | "resume" | "done", ...}`.
+      on_event: called with `{"event": "gradient" | "row" | "block" | "resume" | "done", ...}`.
 
     Returns:
       The summary; with `resume` on a finished run that of the run, at once.
@@ -89,6 +92,7 @@ def quantize_model(
     if finished:
         on_event({"event": "resume", "block": finished, "blocks": config.num_layers})
 
+    weights = _token_weights(source, recipe, tokens, folder, on_event)
     rows: list[Event] = []
     for index in range(config.num_layers):
         if index < finished:
@@ -96,13 +100,13 @@ def quantize_model(
             params = jax.tree.map(jnp.asarray, params)
         else:
             begun = time.monotonic()
-            params, record = _quantize_block(source, index, recipe, hidden, on_event)
+            params, record = _quantize_block(source, index, recipe, hidden, weights, on_event)
             record["seconds"] = time.monotonic() - begun
             params = jax.tree.map(_storable, params, is_leaf=lambda leaf: isinstance(leaf, QArray))
             checkpoint.save_block(folder, index, params, record)
         rows.extend(record["rows"])
         if index + 1 < config.num_layers:
-            for part in _batches(hidden):
+            for part in batches(hidden):
                 hidden[part] = _propagate(params, config, hidden[part], sliding=config.slides(index))
         on_event({"event": "block", "block": index, "blocks": config.num_layers})
 
@@ -199,27 +203,9 @@ def _embed_all(outer: dict[str, Any], config: ModelConfig, tokens: np.ndarray) -
     """Activations before the first block, float32 `[samples, seqlen, d]` on the host."""
     table = jnp.asarray(_storable(outer["embed"]))
     rows = [
-        np.asarray(embed({"embed": table}, config, jnp.asarray(tokens[part]))) for part in _batches(tokens)
+        np.asarray(embed({"embed": table}, config, jnp.asarray(tokens[part]))) for part in batches(tokens)
     ]
     return np.concatenate(rows).astype(np.float32)
-
-
-def _batches(array: np.ndarray) -> Iterator[slice]:
-    """Equal slices of the samples with at most `BATCH_TOKENS` tokens (equal, so that nothing recompiles)."""
-    samples, seqlen = array.shape[:2]
-    size = max(
-        d for d in range(1, samples + 1) if samples % d == 0 and (d == 1 or d * seqlen <= BATCH_TOKENS)
-    )
-    for start in range(0, samples, size):
-        yield slice(start, start + size)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "sliding", "taps"))
-def _observe_block(
-    params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool, taps: tuple[str, ...]
-) -> dict[str, Moments]:
-    _, _, tapped = block_forward(params, config, x.astype(config.dtype), sliding=sliding, taps=True)
-    return {tap: observe(tapped[tap]) for tap in taps}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sliding"))
@@ -228,19 +214,35 @@ def _propagate(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool)
     return y.astype(jnp.float32)
 
 
-def _collect(
-    params: Any, config: ModelConfig, hidden: np.ndarray, *, sliding: bool, taps: tuple[str, ...]
-) -> dict[str, Moments]:
-    moments = None
-    for part in _batches(hidden):
-        seen = _observe_block(params, config, hidden[part], sliding=sliding, taps=taps)
-        moments = seen if moments is None else {tap: merge(moments[tap], seen[tap]) for tap in taps}
-    assert moments is not None
-    return jax.block_until_ready(moments)  # else their time would count as that of the first linear
+def _token_weights(
+    source: Source, recipe: Recipe, tokens: np.ndarray, folder: Path, on_event: Callable[[Event], None]
+) -> list[TokenWeights] | None:
+    """Fisher weights of the calibration tokens, kept in `folder` so that a resumed run finds the same."""
+    if recipe.hessian != "fisher":
+        return None
+    path = folder / "token_weights.npz"
+    if not path.is_file():
+
+        def on_block(done: int, total: int) -> None:
+            on_event({"event": "gradient", "done": done, "total": total})
+
+        weights = fisher_weights(source, tokens, on_block=on_block)
+        stacked = {tap: np.stack([block[tap] for block in weights]) for tap in weights[0]}
+        buffer = io.BytesIO()
+        np.savez(buffer, **stacked)  # pyright: ignore[reportArgumentType]
+        checkpoint.write_bytes(path, buffer.getvalue())
+    with np.load(path) as stored:
+        stacked = dict(stored)
+    return [{tap: array[i] for tap, array in stacked.items()} for i in range(source.config.num_layers)]
 
 
 def _quantize_block(
-    source: Source, index: int, recipe: Recipe, hidden: np.ndarray, on_event: Callable[[Event], None]
+    source: Source,
+    index: int,
+    recipe: Recipe,
+    hidden: np.ndarray,
+    weights: list[TokenWeights] | None,
+    on_event: Callable[[Event], None],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One block's parameters with packed kernels, and the record (rows, histograms) that goes with them."""
     config, sliding = source.config, source.config.slides(index)
@@ -253,9 +255,15 @@ def _quantize_block(
     # One pass serves all taps; true-sequential order needs a pass after each quantized group of linears.
     for stage in [[group] for group in LINEARS] if recipe.true_sequential else [list(LINEARS)]:
         taps = tuple(tap for tap, _ in stage)
-        seen = hidden[~judges] if holds_out else hidden
-        moments = plain = _collect(params, config, seen, sliding=sliding, taps=taps)
-        held_out = _collect(params, config, hidden[judges], sliding=sliding, taps=taps) if holds_out else {}
+
+        def collect(samples: Any, taps: tuple[str, ...] = taps, params: Any = params) -> dict[str, Moments]:
+            own = None if weights is None else {tap: weights[index][tap][samples] for tap in taps}
+            return block_moments(
+                params, config, hidden[samples], sliding=sliding, taps=taps, mask=recipe.mask, weights=own
+            )
+
+        moments = plain = collect(~judges if holds_out else slice(None))
+        held_out = collect(judges) if holds_out else {}
         for fold in recipe.folds:
             equal_heads = config.num_heads == config.num_kv_heads
             facts = {"norm_plus_one": config.norm_plus_one, "equal_heads": equal_heads}
@@ -303,6 +311,8 @@ def _quantize_linear(problem: Problem, recipe: Recipe, index: int, path: str) ->
         "bytes": packed.nbytes,
         "seconds": time.monotonic() - begun,
     }
+    if stats.choice is not None:
+        row["choice"] = recipe.options[int(stats.choice)]
     return packed, row
 
 

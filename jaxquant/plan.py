@@ -7,13 +7,11 @@ import time
 
 import jax.numpy as jnp
 
+from jaxquant.calibrate.collect import BATCH_TOKENS
 from jaxquant.errors import UsageError
 from jaxquant.io.checkpoint import PATHS
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.recipe import RTN, Recipe
-
-# Tokens that go through a block at once: enough for full-speed products, little memory.
-BATCH_TOKENS = 8192
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,11 +16,12 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from jaxquant.calibrate.moments import Mask
 from jaxquant.errors import InputError, UsageError
 from jaxquant.methods import Problem, Rounded, layer_error
 from jaxquant.quant import Grid
@@ -40,6 +41,9 @@ from jaxquant.stages import (
     Transform,
     register,
 )
+
+#: What stands for the curvature of the loss.
+Hessian = Literal["input", "fisher"]
 
 
 @register("masked")
@@ -62,12 +66,17 @@ class Recipe:
       grid: of the result.
       stages: folds, transforms, one rounding, refinements.
       true_sequential: linears of a block are calibrated with the block's earlier linears already quantized.
+      hessian: `"input"`, `sum x x^T`; or `"fisher"`, the same with tokens weighted by the squared loss
+        gradient at the layer's output (see `calibrate.fisher`).
+      mask: tokens left out of the moments: `"none"`, the `"first"` of each window, or `"massive"` ones.
       rules: `(pattern, recipe)`: the first pattern found in a module's path replaces this recipe for it.
     """
 
     grid: Grid
     stages: tuple[Stage, ...]
     true_sequential: bool = False
+    hessian: Hessian = "input"
+    mask: Mask = "none"
     rules: tuple[tuple[str, Recipe], ...] = ()
 
     def __post_init__(self) -> None:
@@ -79,9 +88,14 @@ class Recipe:
             raise UsageError(
                 f"{self.folds[0]} changes a block before it is rounded; leave true_sequential out"
             )
-        if any(recipe.folds or recipe.true_sequential for _, recipe in self.rules):
+        for field, kind in (("hessian", Hessian), ("mask", Mask)):
+            if (value := getattr(self, field)) not in get_args(kind):
+                raise UsageError(f"unknown {field} {value!r}; use {' or '.join(get_args(kind))}")
+        whole = [recipe for _, recipe in self.rules if recipe.folds or recipe.true_sequential]
+        if whole or any((r.hessian, r.mask) != (self.hessian, self.mask) for _, r in self.rules):
             raise UsageError(
-                "folds and true_sequential concern whole blocks; give them to the default recipe"
+                "folds, true_sequential, hessian and mask concern whole blocks; give them to the default "
+                "recipe (hessian and mask to the rules as well)"
             )
 
     def __call__(self, problem: Problem) -> Rounded:
@@ -101,6 +115,12 @@ class Recipe:
         """Whether a stage makes choices, for which tokens are to be held out."""
         stages = (stage.stage if isinstance(stage, Masked) else stage for stage in self.stages)
         return any(isinstance(s, Best) for s in stages) or any(r.holds_out for _, r in self.rules)
+
+    @property
+    def options(self) -> list[str]:
+        """What `stats.choice` counts: the candidates of the `Best` stage, "off" first; empty without one."""
+        best = [stage for stage in self.stages if isinstance(stage, Best)]
+        return ["off", *map(str, best[-1].candidates)] if best else []
 
     @property
     def stores_order(self) -> bool:
@@ -127,6 +147,10 @@ class Recipe:
         parts = [" + ".join(map(str, self.stages)), str(self.grid)]
         if self.true_sequential:
             parts.append("true-sequential")
+        if self.hessian != "input":
+            parts.append(f"{self.hessian} Hessian")
+        if self.mask != "none":
+            parts.append(f"without {self.mask} tokens")
         parts += [f"[{pattern}: {recipe}]" for pattern, recipe in self.rules]
         return ", ".join(parts)
 
@@ -136,6 +160,8 @@ class Recipe:
             "grid": self.grid.to_dict(),
             "stages": [_stage_to_dict(stage) for stage in self.stages],
             "true_sequential": self.true_sequential,
+            "hessian": self.hessian,
+            "mask": self.mask,
             "rules": [{"pattern": pattern, "recipe": recipe.to_dict()} for pattern, recipe in self.rules],
         }
 
@@ -146,13 +172,13 @@ class Recipe:
         Raises:
           UsageError: unknown stages or options.
         """
-        unknown = set(fields) - {"grid", "stages", "true_sequential", "rules"}
+        unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise UsageError(f"unknown recipe fields {', '.join(sorted(unknown))}")
         return cls(
             grid=_build(Grid, "grid", fields.get("grid", {})),
             stages=tuple(_stage_from_dict(stage) for stage in fields.get("stages", ())),
-            true_sequential=fields.get("true_sequential", False),
+            **{name: fields[name] for name in ("true_sequential", "hessian", "mask") if name in fields},
             rules=tuple((r["pattern"], cls.from_dict(r["recipe"])) for r in fields.get("rules", ())),
         )
 
@@ -186,13 +212,19 @@ def read_toml(path: Path) -> Recipe:
     return Recipe.from_dict(fields)
 
 
-def chain(*stages: Stage, grid: Grid, true_sequential: bool = False) -> Recipe:
-    """Stages one after another: transforms, one rounding, refinements.
+def chain(
+    *stages: Stage,
+    grid: Grid,
+    true_sequential: bool = False,
+    hessian: Hessian = "input",
+    mask: Mask = "none",
+) -> Recipe:
+    """Stages one after another: transforms, one rounding, refinements; for the options see `Recipe`.
 
     Raises:
       UsageError: another order, no rounding, or more than one.
     """
-    return Recipe(grid=grid, stages=stages, true_sequential=true_sequential)
+    return Recipe(grid=grid, stages=stages, true_sequential=true_sequential, hessian=hessian, mask=mask)
 
 
 def masked(stage: Stage, pattern: str) -> Masked:
@@ -240,13 +272,14 @@ def named(name: str, grid: Grid, *, gptq: GPTQ | None = None, true_sequential: b
 
 
 def _run(stages: tuple[Stage, ...], problem: Problem) -> Rounded:
-    rounded, moved = None, False
+    rounded, moved, choice = None, False, None
     for position, stage in enumerate(stages):
         if isinstance(stage, Transform):
             problem, moved = stage(problem), True
         elif isinstance(stage, Best):
             rest = stages[position + 1 :]
-            problem, moved = stage.choose(problem, lambda trial, rest=rest: _run(rest, trial)), True
+            problem, choice = stage.choose(problem, lambda trial, rest=rest: _run(rest, trial))
+            moved = True
         elif isinstance(stage, Rounding):
             rounded = stage(problem)
             rounded = _against_target(problem, rounded) if moved else rounded
@@ -255,7 +288,7 @@ def _run(stages: tuple[Stage, ...], problem: Problem) -> Rounded:
         else:
             raise UsageError(f"{stage} depends on the place in a model; call recipe.at(path) first")
     assert rounded is not None
-    return rounded
+    return dataclasses.replace(rounded, stats=dataclasses.replace(rounded.stats, choice=choice))
 
 
 @jax.jit

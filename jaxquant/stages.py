@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from jaxquant.calibrate.moments import Moments, merge
 from jaxquant.errors import UsageError
@@ -160,8 +161,8 @@ class Best(Stage):
     candidates: tuple[Transform, ...]
     columns: int = 128
 
-    def choose(self, problem: Problem, then: Callable[[Problem], Rounded]) -> Problem:
-        """The transformed problem; `then` is the rest of the chain."""
+    def choose(self, problem: Problem, then: Callable[[Problem], Rounded]) -> tuple[Problem, Int[Array, ""]]:
+        """The transformed problem and which candidate it took (0: none); `then` is the rest of the chain."""
         judge = problem.moments if problem.held_out is None else problem.held_out
         width = problem.weight.shape[-1]
         chosen = jnp.arange(0, width, max(1, width // self.columns))[: self.columns]
@@ -175,7 +176,8 @@ class Best(Stage):
         # Some transforms answer a half-precision weight in float32.
         dtype = working_dtype(problem.weight.dtype, problem.moments.second.dtype)
         weights = jnp.stack([option(problem).weight.astype(dtype) for option in options])
-        return dataclasses.replace(problem, weight=weights[jnp.argmin(errors)])
+        choice = jnp.argmin(errors)
+        return dataclasses.replace(problem, weight=weights[choice]), choice
 
     def __str__(self) -> str:
         return f"best of (off, {', '.join(map(str, self.candidates))})"

@@ -14,48 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from small_model import CONFIG, MemorySource
 
+from jaxquant.calibrate.fisher import fisher_weights
 from jaxquant.calibrate.moments import observe
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.io import checkpoint, load_model
 from jaxquant.methods import layer_error
-from jaxquant.models.config import ModelConfig
 from jaxquant.models.decoder import block, embed, forward, init_params
 from jaxquant.pipeline import quantize_model, read_rows
 from jaxquant.plan import plan
 from jaxquant.quant import Grid, QArray
-from jaxquant.recipe import GPTQ, by_path, named
+from jaxquant.recipe import GPTQ, OSAQ, RTN, Best, by_path, chain, named
 
-CONFIG = ModelConfig(
-    family="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4,
-    num_kv_heads=2, head_dim=8, query_scale=8**-0.5, tie_embeddings=True, max_position=64,
-)  # fmt: skip
 GRID = Grid(bits=3, group_size=16, clip="mse")
 RECIPE = named("gptq", GRID)
-
-
-class MemorySource:
-    """A model in memory."""
-
-    name, chat_template = "memory", None
-
-    def __init__(self, params, config=CONFIG, fail_at: int | None = None):
-        self.params, self.config, self.fail_at = params, config, fail_at
-
-    def fingerprint(self):
-        return str(float(jnp.sum(jnp.abs(self.params["embed"]))))
-
-    def tokenizer(self):
-        return Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
-
-    def block(self, index):
-        if index == self.fail_at:
-            raise KeyboardInterrupt
-        return jax.tree.map(lambda leaf: np.asarray(leaf[index]), self.params["blocks"])
-
-    def outer(self):
-        return {k: np.asarray(v) for k, v in self.params.items() if k != "blocks"}
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +128,7 @@ def test_reload_is_bit_exact_and_runs(finished, tokens):
     named("gptq", GRID, gptq=GPTQ(groups="dynamic")),
     named("gptq", Grid(bits=4, symmetric=True)),
     named("awq-gptq", GRID),
+    chain(GPTQ(), grid=GRID, hessian="fisher", mask="first"),
     pytest.param(named("osaq-dagger", GRID), marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_every_option_gives_a_loadable_model(recipe, params, tokens, tmp_path):
@@ -163,6 +137,42 @@ def test_every_option_gives_a_loadable_model(recipe, params, tokens, tmp_path):
     assert bool(jnp.all(jnp.isfinite(forward(loaded, config, jnp.asarray(tokens[:1])).logits)))
     rows, _ = read_rows(tmp_path / "q")
     assert all(row["error"] < 0.5 for row in rows)
+
+
+def test_fisher_weights_enter_the_errors_and_are_kept_for_a_resumed_run(params, tokens, tmp_path):
+    recipe = chain(GPTQ(), grid=GRID, hessian="fisher")
+    events = []
+    quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q", on_event=events.append)
+    assert [e["done"] for e in events if e["event"] == "gradient"] == list(range(1, 7))
+    weights = fisher_weights(MemorySource(params), tokens)
+    x = embed({"embed": params["embed"].astype(jnp.float16)}, CONFIG, jnp.asarray(tokens))
+    original = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
+    taps = block(original, CONFIG, x, sliding=False, taps=True)[2]
+    moments = observe(taps["attn_in"], weights=jnp.asarray(weights[0]["attn_in"]))
+    saved, _ = checkpoint.load_block(tmp_path / "q", 0)
+    error = layer_error(
+        saved["attn"]["q"]["kernel"].dequantize(), original["attn"]["q"]["kernel"], moments.second
+    )
+    rows, _ = read_rows(tmp_path / "q")
+    np.testing.assert_allclose(rows[0]["error"], error, rtol=1e-3)
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(MemorySource(params, fail_at=2), recipe, tokens, tmp_path / "r")
+    # Interrupted in the gradients; now in the third block.
+    shutil.copy(tmp_path / "q" / "token_weights.npz", tmp_path / "r")
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(MemorySource(params, fail_at=2), recipe, tokens, tmp_path / "r", resume=True)
+    quantize_model(MemorySource(params), recipe, tokens, tmp_path / "r", resume=True)
+    assert_same_model(tmp_path / "q", tmp_path / "r")
+
+
+def test_choices_are_logged(params, tokens, tmp_path):
+    best = Best((OSAQ(eta=300.0), OSAQ(eta=1e4)))
+    quantize_model(MemorySource(params), chain(best, RTN(), grid=GRID), tokens, tmp_path / "q")
+    rows, _ = read_rows(tmp_path / "q")
+    options = ["off", "OSAQ (soft, eta 300)", "OSAQ (soft, eta 10000)"]
+    assert all(row["choice"] in options for row in rows)
+    assert any(row["choice"] != "off" for row in rows)
 
 
 @pytest.mark.parametrize("stop", [0, 2])

@@ -221,6 +221,7 @@ def test_patterns_are_checked():
 RECIPES = [
     *(named(name, GRID) for name in NAMES),
     named("gptq", Grid(bits=2, symmetric=True, convention="full"), true_sequential=True),
+    chain(GPTQ(), grid=GRID, hessian="fisher", mask="massive"),
     by_path(
         {r"mlp\.": named("rtn", Grid(bits=8))}, chain(masked(Shrink(factor=0.7), "attn"), GPTQ(), grid=GRID)
     ),
@@ -248,6 +249,9 @@ def test_bad_files_name_the_place(tmp_path):
     with pytest.raises(
         UsageError, match=r"gptq: unknown options damp; there are act_order, groups, percdamp"
     ):
+        read_toml(path)
+    path.write_text('hessian = "fish"\nstages = [{ stage = "rtn" }]')
+    with pytest.raises(UsageError, match="unknown hessian 'fish'; use input or fisher"):
         read_toml(path)
     path.write_text("bits = 3")
     with pytest.raises(UsageError, match="unknown recipe fields bits"):

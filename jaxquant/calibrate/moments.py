@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+#: Which tokens are left out of the moments: none, the first of each window, those of massive activation.
+Mask = Literal["none", "first", "massive"]
 
 
 @jax.tree_util.register_dataclass
@@ -43,12 +47,21 @@ class Moments:
         return self.second / jnp.maximum(self.count, 1).astype(jnp.float32)[..., None, None]
 
 
-def observe(x: Float[Array, "*tokens n"], *, mask: Bool[Array, "*tokens"] | None = None) -> Moments:
+def observe(
+    x: Float[Array, "*tokens n"],
+    *,
+    mask: Bool[Array, "*tokens"] | None = None,
+    weights: Float[Array, "*tokens"] | None = None,
+) -> Moments:
     """Moments of one batch: float32 products at highest precision whatever the dtype of `x`.
+
+    With weights r the second moment is `sum r_t x_t x_t^T`; r the squared norm of the loss gradient at the
+    layer's output makes it the row-averaged Fisher matrix (see `calibrate.fisher`).
 
     Args:
       x: activations; every leading axis is a token axis.
       mask: tokens to count; the others (padding, a massive first token) are left out.
+      weights: >= 0, of the tokens in `second`; mean 1 keeps the scale of the plain sum.
     """
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     count = jnp.asarray(x.shape[0], jnp.int32)
@@ -56,8 +69,19 @@ def observe(x: Float[Array, "*tokens n"], *, mask: Bool[Array, "*tokens"] | None
         kept = mask.reshape(-1)
         x = jnp.where(kept[:, None], x, 0)
         count = jnp.sum(kept, dtype=jnp.int32)
-    second = jnp.matmul(x.T, x, precision="highest")
+    weighted = x if weights is None else x * weights.reshape(-1, 1).astype(jnp.float32)
+    second = jnp.matmul(x.T, weighted, precision="highest")
     return Moments(second=second, count=count, max_abs=jnp.max(jnp.abs(x), axis=0, initial=0))
+
+
+def massive_tokens(x: Float[Array, "*tokens n"], *, factor: float = 64.0) -> Bool[Array, "*tokens"]:
+    """Tokens whose largest activation exceeds `factor` times the median of that over the tokens.
+
+    A handful of such tokens (often the first of a window) can hold most of the energy of a tap. The factor
+    of 64 is that of PrefixQuant (arXiv 2410.05265).
+    """
+    largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1)
+    return largest > factor * jnp.median(largest)
 
 
 def merge(a: Moments, b: Moments) -> Moments:

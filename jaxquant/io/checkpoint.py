@@ -76,10 +76,15 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file that appears whole or not at all; makes its folder where there is none."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file that appears whole or not at all; makes its folder where there is none."""
     partial = path.with_name(path.name + _PARTIAL)
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(data)
         os.replace(partial, path)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -79,6 +79,24 @@ def final_hidden(
     """Activations after the final norm `[B, T, d]`, and the updated cache."""
     hidden, cache, _ = _run(params, config, tokens, cache, ())
     return hidden, cache
+
+
+def reduce_taps(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    reduce: Callable[[jax.Array], Any],
+    *,
+    taps: Sequence[str] = TAPS,
+) -> dict[str, Any]:
+    """`reduce` of what the linears of every block read, stacked over layers; no tap is kept as a whole.
+
+    Args:
+      tokens: int32 `[B, T]`.
+      reduce: maps one tap's activations `[B, T, n]` to any pytree of arrays.
+      taps: which of `TAPS`.
+    """
+    return _run(params, config, tokens, None, tuple(taps), reduce)[2]
 
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -165,8 +183,13 @@ def init_params(key: jax.Array, config: ModelConfig, *, dtype: Any = jnp.float32
 
 
 def _run(
-    params: Params, config: ModelConfig, tokens: jax.Array, cache: KVCache | None, taps: tuple[str, ...]
-) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    cache: KVCache | None,
+    taps: tuple[str, ...],
+    reduce: Callable[[jax.Array], Any] = lambda x: x,
+) -> tuple[jax.Array, KVCache | None, dict[str, Any]]:
     """Embedding, all blocks by one scan, final norm."""
     length = tokens.shape[1]
     if cache is not None and length > cache.size:
@@ -183,7 +206,8 @@ def _run(
         own = None if cache is None else KVCache(k=pair[0], v=pair[1], length=cache.length)
         flag = flag if mixed else any(flags)
         x, own, tapped = _block(block_params, config, x, flag, rotations, own, taps)
-        return x, (None if own is None else (own.k, own.v), tapped)
+        reduced = {tap: reduce(values) for tap, values in tapped.items()}
+        return x, (None if own is None else (own.k, own.v), reduced)
 
     x = embed(params, config, tokens)
     x, (slices, collected) = lax.scan(step, x, (params["blocks"], sliding, slices))

@@ -71,6 +71,11 @@ class ProgressTable:
         self._skipped += count
         self._update()
 
+    def note(self, text: str) -> None:
+        """Shows in the progress bar what precedes the first linear; elsewhere nothing."""
+        if self._progress:
+            self._progress.update(self._task, eta=text)
+
     def row(self, row: dict[str, Any]) -> None:
         """Adds the line of a finished linear."""
         self._done += 1

@@ -1,0 +1,91 @@
+"""Fisher weights of tokens against gradients of the whole loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_model import CONFIG, MemorySource
+
+from jaxquant.calibrate import collect
+from jaxquant.calibrate.fisher import fisher_weights
+from jaxquant.evaluate.perplexity import token_nll
+from jaxquant.models.config import LINEARS
+from jaxquant.models.decoder import init_params
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.asarray(jax.random.randint(jax.random.key(1), (4, 12), 0, 64), np.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Bumped:
+    """A kernel whose outputs `[1, T, out]` are moved by `bump` `[T, out]`."""
+
+    kernel: jax.Array
+    bump: jax.Array
+
+    def __rmatmul__(self, x):
+        return x @ self.kernel + self.bump[None]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def squared_gradients(params, config, window):
+    """|dL / dy_t|^2 of every linear, `{path: [L, T]}`, through the whole model at once."""
+
+    def loss(bumps):
+        blocks = {**params["blocks"], "attn": dict(params["blocks"]["attn"])}
+        blocks["mlp"] = dict(blocks["mlp"])
+        for path, bump in bumps.items():
+            part, name = path.split(".")
+            linear = blocks[part][name]
+            blocks[part][name] = {**linear, "kernel": Bumped(linear["kernel"], bump)}
+        return jnp.sum(token_nll({**params, "blocks": blocks}, config, window))
+
+    bumps = {
+        path: jnp.zeros((config.num_layers, len(window), config.linear_shape(path)[1]))
+        for _, paths in LINEARS
+        for path in paths
+    }
+    return {path: jnp.sum(gradient**2, axis=-1) for path, gradient in jax.grad(loss)(bumps).items()}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"family": "gemma3", "post_norms": True, "norm_plus_one": True, "tie_embeddings": False}],
+    ids=["llama", "gemma-like"],
+)
+def test_weights_are_the_squared_gradients_of_the_loss(fields, tokens, monkeypatch):
+    monkeypatch.setattr(collect, "BATCH_TOKENS", 24)  # two batches
+    config = dataclasses.replace(CONFIG, **fields)
+    params = init_params(jax.random.key(0), config)
+    found = fisher_weights(MemorySource(params, config), tokens)
+    assert len(found) == config.num_layers
+    expected = [squared_gradients(params, config, window) for window in tokens]
+    for index, weights in enumerate(found):
+        for tap, paths in LINEARS:
+            assert weights[tap].shape == tokens.shape
+            assert weights[tap].dtype == np.float32
+            plain = np.stack([sum(np.asarray(e[path][index]) for path in paths) for e in expected])
+            np.testing.assert_allclose(weights[tap], plain / plain.mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_token_weighs_nothing_behind_its_keys_and_values(tokens):
+    """Nothing is predicted from it, so only what other tokens could attend to would matter - nobody can."""
+    found = fisher_weights(MemorySource(init_params(jax.random.key(0), CONFIG)), tokens)
+    for weights in found:
+        for weight in weights.values():
+            np.testing.assert_array_equal(weight[:, -1], 0)
+
+
+def test_progress_counts_both_directions(tokens):
+    seen = []
+    source = MemorySource(init_params(jax.random.key(0), CONFIG))
+    fisher_weights(source, tokens, on_block=lambda *pair: seen.append(pair))
+    assert seen == [(i + 1, 2 * CONFIG.num_layers) for i in range(2 * CONFIG.num_layers)]
