@@ -210,6 +210,12 @@ def _embed_all(outer: dict[str, Any], config: ModelConfig, tokens: np.ndarray) -
 
 @functools.partial(jax.jit, static_argnames=("config", "sliding"))
 def _propagate(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool) -> jax.Array:
+    # Many tokens, one block: unpacking it whole is faster than unpacking it group by group.
+    params = jax.tree.map(
+        lambda leaf: leaf.dequantize(config.dtype) if isinstance(leaf, QArray) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, QArray),
+    )
     y, _, _ = block_forward(params, config, x.astype(config.dtype), sliding=sliding)
     return y.astype(jnp.float32)
 

@@ -23,6 +23,8 @@ _DENOMINATOR = {
 }
 _CLIP_STEPS = 80
 _CLIP_GRID = 100
+# Rows of a group whose errors are added up in one step.
+_SEARCH_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,23 +190,32 @@ class Grid:
 
     def _search(self, g: Array, lo: Array, hi: Array) -> tuple[Array, Array | None]:
         shifts = (0.0, -1.0, 1.0) if not self.symmetric and self.bits <= 2 else (0.0,)
+        length = g.shape[-2]
+        some = max(d for d in range(1, _SEARCH_ROWS + 1) if length % d == 0)
+        rows = jnp.moveaxis(g, -2, 0).reshape(length // some, some, *lo.shape)
 
         def consider(
             best: tuple[Array, Array, Array], shrink: Array
         ) -> tuple[tuple[Array, Array, Array], None]:
             scale, zero = self._from_range(lo * shrink, hi * shrink)
             base = jnp.broadcast_to(self._zero(zero, g.dtype), scale.shape)
-            for shift in shifts:
+            shifted = [jnp.clip(base + shift, 0, 2**self.bits - 1) for shift in shifts]
+
+            def add(errors: list[Array], part: Array) -> tuple[list[Array], None]:
+                # A reduction over rows would run column by column; written out, whole rows are added up.
+                for i, zero in enumerate(shifted):
+                    for row in part:
+                        errors[i] += jnp.square((self._encode(row, scale, zero) - zero) * scale - row)
+                return errors, None
+
+            errors, _ = jax.lax.scan(add, [jnp.zeros_like(lo)] * len(shifts), rows)
+            for candidate, zero in zip(errors, shifted, strict=True):
                 error, best_scale, best_zero = best
-                shifted = jnp.clip(base + shift, 0, 2**self.bits - 1)
-                codes = self._encode(g, scale[..., None, :], shifted[..., None, :])
-                residual = (codes - shifted[..., None, :]) * scale[..., None, :] - g
-                candidate = jnp.sum(residual * residual, axis=-2)
                 better = candidate < error
                 best = (
                     jnp.where(better, candidate, error),
                     jnp.where(better, scale, best_scale),
-                    jnp.where(better, shifted, best_zero),
+                    jnp.where(better, zero, best_zero),
                 )
             return best, None
 
