@@ -36,6 +36,7 @@ from jaxquant.stages import (
     Fold,
     MagR,
     Refinement,
+    Refit,
     Rounding,
     Stage,
     Transform,
@@ -103,7 +104,7 @@ class Recipe:
 
         Folds, masked stages and rules need a place in a model: call `recipe.at(path)` first.
         """
-        return _run(self.stages, problem)
+        return _compiled(self.stages, problem)
 
     @property
     def folds(self) -> tuple[Fold, ...]:
@@ -242,21 +243,27 @@ def by_path(rules: Mapping[str, Recipe], default: Recipe) -> Recipe:
     return dataclasses.replace(default, rules=(*rules.items(), *default.rules))
 
 
-_OSAQ = Best((OSAQ(eta=300.0), OSAQ(eta=1e3), OSAQ(eta=1e4)))
+def _osaq(bits: int) -> Best:
+    """Each bit divides the rounding error by about 4, and the price of output energy goes with it."""
+    eta = {1: 100.0, 2: 300.0, 3: 1e3}.get(bits, 3e3)
+    return Best((OSAQ(eta=eta), OSAQ(eta=3 * eta)))
 
-#: Named recipes: their stages, given the GPTQ stage.
-NAMES: dict[str, Callable[[GPTQ], tuple[Stage, ...]]] = {
-    "rtn": lambda gptq: (RTN(),),
-    "gptq": lambda gptq: (gptq,),
-    "gptq-cd": lambda gptq: (gptq, CoordinateDescent()),
-    "awq-rtn": lambda gptq: (AWQ(), RTN()),
-    "awq-gptq": lambda gptq: (AWQ(), gptq),
-    "magr-rtn": lambda gptq: (MagR(), RTN()),
-    "magr-gptq": lambda gptq: (MagR(), gptq),
-    "osaq-rtn": lambda gptq: (_OSAQ, RTN()),
-    "osaq-gptq": lambda gptq: (_OSAQ, gptq),
-    "osaq-dagger": lambda gptq: (_OSAQ, gptq, CoordinateDescent()),
-    "osaq-awq": lambda gptq: (AWQ(), _OSAQ, RTN()),
+
+#: Named recipes: their stages, given the GPTQ stage and the bits.
+NAMES: dict[str, Callable[[GPTQ, int], tuple[Stage, ...]]] = {
+    "rtn": lambda gptq, bits: (RTN(),),
+    "gptq": lambda gptq, bits: (gptq,),
+    "gptq-refit": lambda gptq, bits: (gptq, Refit()),
+    "gptq-cd": lambda gptq, bits: (gptq, CoordinateDescent()),
+    "awq-rtn": lambda gptq, bits: (AWQ(), RTN()),
+    "awq-gptq": lambda gptq, bits: (AWQ(), gptq),
+    "magr-rtn": lambda gptq, bits: (MagR(), RTN()),
+    "magr-gptq": lambda gptq, bits: (MagR(), gptq),
+    "osaq-rtn": lambda gptq, bits: (_osaq(bits), RTN()),
+    "osaq-gptq": lambda gptq, bits: (_osaq(bits), gptq),
+    "osaq-dagger": lambda gptq, bits: (_osaq(bits), gptq, CoordinateDescent()),
+    "osaq-refit": lambda gptq, bits: (_osaq(bits), gptq, Refit()),
+    "osaq-awq": lambda gptq, bits: (AWQ(), _osaq(bits), RTN()),
 }
 
 
@@ -268,7 +275,7 @@ def named(name: str, grid: Grid, *, gptq: GPTQ | None = None, true_sequential: b
     """
     if name not in NAMES:
         raise UsageError(f"unknown recipe {name!r}; use one of {', '.join(NAMES)}, or a .toml file")
-    return chain(*NAMES[name](gptq or GPTQ()), grid=grid, true_sequential=true_sequential)
+    return chain(*NAMES[name](gptq or GPTQ(), grid.bits), grid=grid, true_sequential=true_sequential)
 
 
 def _run(stages: tuple[Stage, ...], problem: Problem) -> Rounded:
@@ -291,7 +298,9 @@ def _run(stages: tuple[Stage, ...], problem: Problem) -> Rounded:
     return dataclasses.replace(rounded, stats=dataclasses.replace(rounded.stats, choice=choice))
 
 
-@jax.jit
+_compiled = jax.jit(_run, static_argnums=0)
+
+
 def _against_target(problem: Problem, rounded: Rounded) -> Rounded:
     """`rounded` with its error measured against `problem.target`, which transforms have moved away from."""
     values = rounded.pack().dequantize(problem.moments.second.dtype)

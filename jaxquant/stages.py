@@ -12,7 +12,18 @@ from jaxtyping import Array, Int
 
 from jaxquant.calibrate.moments import Moments, merge
 from jaxquant.errors import UsageError
-from jaxquant.methods import Problem, Rounded, awq, coordinate_descent, gptq, layer_error, magr, osaq, rtn
+from jaxquant.methods import (
+    Problem,
+    Rounded,
+    awq,
+    coordinate_descent,
+    gptq,
+    layer_error,
+    magr,
+    osaq,
+    refit_grid,
+    rtn,
+)
 from jaxquant.methods.gptq import Groups
 from jaxquant.quant import Grid, working_dtype
 
@@ -159,25 +170,33 @@ class Best(Stage):
     """
 
     candidates: tuple[Transform, ...]
-    columns: int = 128
+    columns: int = 64
 
     def choose(self, problem: Problem, then: Callable[[Problem], Rounded]) -> tuple[Problem, Int[Array, ""]]:
         """The transformed problem and which candidate it took (0: none); `then` is the rest of the chain."""
+        # Some transforms answer a half-precision weight in float32.
+        dtype = working_dtype(problem.weight.dtype, problem.moments.second.dtype)
         judge = problem.moments if problem.held_out is None else problem.held_out
         width = problem.weight.shape[-1]
         chosen = jnp.arange(0, width, max(1, width // self.columns))[: self.columns]
+        target = problem.target[:, chosen].astype(dtype)
         trial = dataclasses.replace(
-            problem, weight=problem.weight[:, chosen], target=problem.target[:, chosen], held_out=None
+            problem, weight=problem.weight[:, chosen].astype(dtype), target=target, held_out=None
         )
         options: tuple[Callable[[Problem], Problem], ...] = (lambda p: p, *self.candidates)
-        errors = jnp.stack([_error(then(option(trial)), trial.target, judge) for option in options])
+        # Columns are rounded independently, so all candidates are rounded as one layer, side by side.
+        beside = jnp.concatenate([option(trial).weight.astype(dtype) for option in options], axis=1)
+        targets = jnp.tile(target, (1, len(options)))
+        values = then(dataclasses.replace(trial, weight=beside, target=targets)).pack().dequantize(dtype)
+        second = judge.second.astype(dtype)
+        errors = jnp.stack(
+            [layer_error(part, target, second) for part in jnp.split(values, len(options), axis=1)]
+        )
         if problem.held_out is not None:
             problem = dataclasses.replace(problem, moments=merge(problem.moments, judge), held_out=None)
-        # Some transforms answer a half-precision weight in float32.
-        dtype = working_dtype(problem.weight.dtype, problem.moments.second.dtype)
-        weights = jnp.stack([option(problem).weight.astype(dtype) for option in options])
         choice = jnp.argmin(errors)
-        return dataclasses.replace(problem, weight=weights[choice]), choice
+        finalists = [lambda p, option=option: option(p).weight.astype(dtype) for option in options]
+        return dataclasses.replace(problem, weight=jax.lax.switch(choice, finalists, problem)), choice
 
     def __str__(self) -> str:
         return f"best of (off, {', '.join(map(str, self.candidates))})"
@@ -198,6 +217,50 @@ class CoordinateDescent(Refinement):
         return f"coordinate descent ({self.sweeps} sweeps)"
 
 
+@register("refit")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refit(Refinement):
+    """Grids fitted anew and integers moved in turns; see `methods.refit` and `methods.coordinate`.
+
+    Attributes:
+      rounds: refits, each followed by `sweeps` of coordinate descent.
+      sweeps: 2 suffice between refits.
+      passes: rounds are repeated that often; between them GPTQ (act-order, damping `percdamp`) rounds
+        `problem.weight` anew on the grids found so far, and the better of the two roundings goes on.
+      integer_zero: keep integer zeros.
+    """
+
+    rounds: int = 3
+    sweeps: int = 2
+    passes: int = 2
+    percdamp: float = 0.01
+    integer_zero: bool = False
+
+    def __call__(self, problem: Problem, rounded: Rounded) -> Rounded:
+        """The improved rounding."""
+        best = rounded
+        for number in range(self.passes):
+            if number > 0:
+                rounded = gptq(
+                    problem.weight, problem.moments, problem.grid, percdamp=self.percdamp, fixed=rounded
+                )
+                rounded = dataclasses.replace(rounded, stats=best.stats)
+            for _ in range(self.rounds):
+                rounded = refit_grid(problem, rounded, integer_zero=self.integer_zero)
+                rounded = coordinate_descent(problem, rounded, sweeps=self.sweeps)
+            best = _better(rounded, best)
+        return best
+
+    def __str__(self) -> str:
+        zeros = ", integer zeros" if self.integer_zero else ""
+        return f"refit ({self.passes} x {self.rounds} rounds, {self.sweeps} sweeps{zeros})"
+
+
+def _better(a: Rounded, b: Rounded) -> Rounded:
+    less = a.stats.error < b.stats.error
+    return jax.tree.map(lambda x, y: jnp.where(less, x, y), a, b)
+
+
 @register("awq")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AWQ(Fold):
@@ -213,9 +276,3 @@ class AWQ(Fold):
 
     def __str__(self) -> str:
         return "AWQ"
-
-
-@jax.jit
-def _error(rounded: Rounded, target: jax.Array, judge: Moments) -> jax.Array:
-    values = rounded.pack().dequantize(judge.second.dtype)
-    return layer_error(values, target.astype(values.dtype), judge.second)

@@ -264,7 +264,7 @@ def test_unregistered_stages_cannot_be_saved():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(UsageError, match=r"unknown recipe 'gtpq'; use one of rtn, gptq, gptq-cd"):
+    with pytest.raises(UsageError, match=r"unknown recipe 'gtpq'; use one of rtn, gptq, gptq-refit"):
         named("gtpq", GRID)
     with pytest.raises(UsageError, match=r"percdamp=0.0 must be positive"):
         GPTQ(percdamp=0.0)

@@ -35,8 +35,7 @@ class DampedFactor:
     @property
     def inverse(self) -> Float[Array, "n n"]:
         """GPTQ's factor: upper triangular `U = A^-1`, `(H + damping mean(diag H) I)^-1 = U^T U`."""
-        eye = jnp.eye(self.upper.shape[-1], dtype=self.upper.dtype)
-        return jax.lax.linalg.triangular_solve(self.upper, eye, left_side=True, lower=False)
+        return _inverse(self.upper)
 
 
 def upper_cholesky(h: Float[Array, "n n"]) -> Float[Array, "n n"]:
@@ -110,6 +109,17 @@ def damped_factor(h: Float[Array, "n n"], percdamp: float | Array = 0.01) -> Dam
         (upper, percdamp, jnp.asarray(1, jnp.int32)),
     )
     return DampedFactor(upper=upper, damping=damping, attempts=attempts, fallback=fallback, finite=finite)
+
+
+def _inverse(a: Array) -> Array:
+    """Of an upper triangular matrix: small corners by substitution, the rest by products."""
+    n = a.shape[0]
+    if n <= _PANEL_ROWS:
+        return jax.lax.linalg.triangular_solve(a, jnp.eye(n, dtype=a.dtype), left_side=True, lower=False)
+    middle = n // 2
+    first, last = _inverse(a[:middle, :middle]), _inverse(a[middle:, middle:])
+    above = jnp.matmul(first, jnp.matmul(a[:middle, middle:], last, precision="highest"), precision="highest")
+    return jnp.block([[first, -above], [jnp.zeros_like(above.T), last]])
 
 
 def _flipped_cholesky(h: Array) -> Array:

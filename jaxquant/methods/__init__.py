@@ -6,6 +6,7 @@ from jaxquant.methods.gptq import gptq
 from jaxquant.methods.magr import linf_prox, magr
 from jaxquant.methods.osaq import osaq, osaq_delta, osaq_kernel, osaq_primal, osaq_top, softmax_infinity
 from jaxquant.methods.problem import Problem
+from jaxquant.methods.refit import refit_grid
 from jaxquant.methods.rounded import Rounded, Stats, layer_error
 from jaxquant.methods.rtn import rtn
 
@@ -25,6 +26,7 @@ __all__ = [
     "osaq_kernel",
     "osaq_primal",
     "osaq_top",
+    "refit_grid",
     "rtn",
     "softmax_infinity",
 ]

@@ -32,6 +32,7 @@ def gptq(
     groups: Groups = "static",
     percdamp: float | Array = 0.01,
     block: int = 128,
+    fixed: Rounded | None = None,
 ) -> Rounded:
     """Rounds the inputs of a layer one after another; each error is made up for by the inputs that follow.
 
@@ -58,6 +59,7 @@ def gptq(
         `"dynamic"`: a grid is fitted when its group is reached, to the weights as updated by then. With
         `act_order` dynamic groups lie in processing order and the result carries `order`.
       percdamp: damping in units of `mean(diag H)`, doubled on failure (see `linalg.psd`).
+      fixed: a former rounding whose static grids are kept instead of fitting new ones.
       block: rows per lazy update with static groups; with dynamic groups a block is a group.
 
     Returns:
@@ -69,6 +71,8 @@ def gptq(
     """
     if groups not in get_args(Groups):
         raise UsageError(f"unknown groups {groups!r}; use {' or '.join(get_args(Groups))}")
+    if fixed is not None and (groups == "dynamic" or fixed.order is not None):
+        raise UsageError("gptq: grids can be kept with static groups only")
     dtype = working_dtype(weight.dtype, moments.second.dtype)
     w, h = weight.astype(dtype), moments.second.astype(dtype)
     rows, columns = w.shape
@@ -80,7 +84,10 @@ def gptq(
     dead = diagonal == 0
     mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1).astype(dtype)
     diagonal = jnp.where(dead, jnp.where(jnp.all(dead), 1, mean), diagonal)
-    scale, zero = grid.fit(jnp.where(dead[:, None], 0, w))
+    if fixed is None:
+        scale, zero = grid.fit(jnp.where(dead[:, None], 0, w))
+    else:
+        scale, zero = fixed.scale, fixed.zero
 
     order = jnp.argsort(-diagonal, stable=True) if act_order else jnp.arange(rows)
     # Only the diagonal of a dead input is not 0.

@@ -1,0 +1,188 @@
+"""Perplexity of SmolLM2-135M at 2, 3 and 4 bits: OSAQ and what it is compared with, on WikiText-2 and C4.
+
+    python experiments/osaq/table.py --data DIR [--bits 2 3] [--seeds 0 1 2] [--methods NAME ...]
+
+DIR holds wikitext2/wiki.{train.part,test}.raw and c4/c4_eval.jsonl. Every row runs the whole pipeline (inputs
+of a block come from the quantized blocks before it) with calibration windows drawn from the WikiText-2 train
+part by `seed`, and evaluates the saved model. Rows are added to results/table.json one by one; those already
+there are kept, so an interrupted run goes on. results/table.md is made from the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+# Before JAX loads LAPACK, whose threads spin while others hold the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from jaxquant.calibrate.text import eval_windows, read_text, windows
+from jaxquant.evaluate import perplexity
+from jaxquant.io import load_checkpoint, load_params, open_model
+from jaxquant.pipeline import quantize_model, read_rows, versions
+from jaxquant.quant import Grid
+from jaxquant.recipe import GPTQ, Recipe, named
+
+RESULTS = Path(__file__).parent / "results"
+SAMPLES, SEQLEN, WINDOWS = 24, 512, 12
+PLAIN = GPTQ(act_order=False)
+#: Row: named recipe, clip rule, GPTQ's options. "strong" rows: clip search, act-order with static groups.
+METHODS: dict[str, tuple[str, str, GPTQ | None]] = {
+    "RTN min-max": ("rtn", "minmax", None),
+    "RTN": ("rtn", "mse", None),
+    "GPTQ min-max, no act-order": ("gptq", "minmax", PLAIN),
+    "GPTQ clip search, no act-order": ("gptq", "mse", PLAIN),
+    "GPTQ": ("gptq", "mse", None),
+    "MagR + GPTQ": ("magr-gptq", "mse", None),
+    "AWQ": ("awq-rtn", "mse", None),
+    "OSAQ + RTN": ("osaq-rtn", "mse", None),
+    "OSAQ + AWQ": ("osaq-awq", "mse", None),
+    "OSAQ + GPTQ min-max, no act-order": ("osaq-gptq", "minmax", PLAIN),
+    "OSAQ + GPTQ": ("osaq-gptq", "mse", None),
+    "GPTQ + CD": ("gptq-cd", "mse", None),
+    "OSAQ-dagger (OSAQ + GPTQ + CD)": ("osaq-dagger", "mse", None),
+    "GPTQ + refit": ("gptq-refit", "mse", None),
+    "OSAQ + GPTQ + refit": ("osaq-refit", "mse", None),
+}
+
+
+def recipe_of(method: str, bits: int) -> Recipe:
+    name, clip, gptq = METHODS[method]
+    return named(name, Grid(bits=bits, group_size=64, clip=clip), gptq=gptq)  # pyright: ignore[reportArgumentType]
+
+
+@dataclasses.dataclass
+class Bench:
+    """The model, its evaluation windows, and the results so far."""
+
+    data: Path
+    path: Path
+
+    def __post_init__(self) -> None:
+        self.source = open_model("smollm2-135m")
+        tokenizer, config = self.source.tokenizer(), self.source.config
+        texts = {"wikitext2": "wikitext2/wiki.test.raw", "c4": "c4/c4_eval.jsonl"}
+        self.windows = {
+            name: eval_windows(
+                read_text(str(self.data / file)), tokenizer, config, seqlen=SEQLEN, limit=WINDOWS
+            )
+            for name, file in texts.items()
+        }
+        self.train = self.data / "wikitext2" / "wiki.train.part.raw"
+        self.rows: list[dict] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+        params = load_params(self.source)
+        self.protocol = {
+            "model": self.source.name,
+            "fingerprint": self.source.fingerprint(),
+            "calibration": f"{self.train.name} sha256 {_sha256(self.train)}",
+            "samples": SAMPLES,
+            "seqlen": SEQLEN,
+            "evaluation": {n: f"{f} sha256 {_sha256(self.data / f)}" for n, f in texts.items()},
+            "evaluation_windows": WINDOWS,
+            "evaluation_seqlen": SEQLEN,
+            "versions": versions(),
+            "original": {
+                n: perplexity(params, config, batch).perplexity for n, batch in self.windows.items()
+            },
+        }
+
+    def calibration(self, seed: int, text: Path | None = None, samples: int = SAMPLES):
+        tokenizer, config = self.source.tokenizer(), self.source.config
+        content = read_text(str(text or self.train))
+        return windows(content, tokenizer, config, samples=samples, seqlen=SEQLEN, seed=seed)
+
+    def run(self, key: dict, recipe: Recipe, tokens) -> None:
+        """Adds the row of `recipe` unless a row with `key` is there."""
+        if any(all(row.get(k) == v for k, v in key.items()) for row in self.rows):
+            return
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            summary = quantize_model(self.source, recipe, tokens, Path(folder) / "q")
+            rows, _ = read_rows(Path(folder) / "q")
+            params, config = load_checkpoint(Path(folder) / "q")
+        seconds = time.monotonic() - started
+        results = {name: perplexity(params, config, batch) for name, batch in self.windows.items()}
+        self.rows.append({
+            **key,
+            "recipe": str(recipe),
+            "effective_bits": summary["effective_bits"],
+            "mean_layer_error": summary["mean_error"],
+            "layers_above_rtn": sum(row["error"] > row["error_rtn"] for row in rows),
+            "choices": collections.Counter(row["choice"] for row in rows if "choice" in row),
+            "quantize_seconds": seconds,
+            "solve_seconds": sum(row["seconds"] for row in rows),
+            "perplexity": {name: result.perplexity for name, result in results.items()},
+            "window_nll": {name: result.window_nll for name, result in results.items()},
+        })  # fmt: skip
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in self.rows[-1]["perplexity"].items())
+        print(f"{key}: {figures}; {seconds:.0f} s", flush=True)
+        self.path.parent.mkdir(exist_ok=True)
+        report = {"protocol": self.protocol, "rows": self.rows}
+        self.path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.data, RESULTS / "table.json")
+    for seed in arguments.seeds:
+        tokens = bench.calibration(seed)
+        for bits in arguments.bits:
+            for method in arguments.methods:
+                bench.run({"method": method, "bits": bits, "seed": seed}, recipe_of(method, bits), tokens)
+                (RESULTS / "table.md").write_text(_table(bench.protocol, bench.rows))
+
+
+def _table(protocol: dict, rows: list[dict]) -> str:
+    original = ", ".join(f"{name} {value:.2f}" for name, value in protocol["original"].items())
+    lines = [
+        f"# {protocol['model']}, {protocol['evaluation_windows']} windows of "
+        f"{protocol['evaluation_seqlen']} of WikiText-2 test and of C4, float32",
+        "",
+        f"Original perplexity: {original}. Its weights are dequantized Q4_1 and lie on a 4-bit grid already.",
+        "Asymmetric grids, group size 64; unless a row says otherwise with clip search (mean square error, and "
+        "at 2 bits neighbouring zeros) and GPTQ with act-order, static groups, damping .01; calibration "
+        f"{protocol['samples']} x {protocol['seqlen']} tokens of the WikiText-2 train part. Mean over seeds, "
+        "+- standard deviation where there are several. Layer error: mean over linears, `tr(D^T H D) / "
+        "tr(W^T H W)` on the calibration tokens.",
+        "",
+        "| bits | method | WikiText-2 | C4 | layer error | seeds | seconds |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for bits in sorted({row["bits"] for row in rows}):
+        for method in METHODS:
+            own = [row for row in rows if row["bits"] == bits and row["method"] == method]
+            if not own:
+                continue
+            cells = [_mean([row["perplexity"][name] for row in own]) for name in ("wikitext2", "c4")]
+            error = statistics.fmean(row["mean_layer_error"] for row in own)
+            seconds = statistics.fmean(row["quantize_seconds"] for row in own)
+            lines.append(
+                f"| {bits} | {method} | {cells[0]} | {cells[1]} | {error:.2e} | {len(own)} | {seconds:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _mean(values: list[float]) -> str:
+    mean = statistics.fmean(values)
+    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} +- {statistics.stdev(values):.2f}"
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()
