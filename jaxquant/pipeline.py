@@ -31,6 +31,9 @@ from jaxquant.recipe import Recipe, to_toml
 
 Event = dict[str, Any]
 
+# Samples that folds may run through the block.
+_FOLD_SAMPLES = 2
+
 
 def quantize_model(
     source: Source,
@@ -272,7 +275,12 @@ def _quantize_block(
         held_out = collect(judges) if holds_out else {}
         for fold in recipe.folds:
             equal_heads = config.num_heads == config.num_kv_heads
-            facts = {"norm_plus_one": config.norm_plus_one, "equal_heads": equal_heads}
+            facts = {
+                "norm_plus_one": config.norm_plus_one,
+                "equal_heads": equal_heads,
+                "apply": _block_function(config, sliding),
+                "inputs": jnp.asarray(hidden[:_FOLD_SAMPLES]),
+            }
             params, moments = fold(params, moments, recipe.grid, **facts)
         for tap, path in [(tap, path) for tap, paths in stage for path in paths]:
             part, name = path.split(".")
@@ -288,6 +296,12 @@ def _quantize_block(
             record["rows"].append(row)
             on_event({"event": "row", **row})
     return params, record
+
+
+@functools.lru_cache(maxsize=2)
+def _block_function(config: ModelConfig, sliding: bool) -> Callable[[Any, jax.Array], jax.Array]:
+    """One function object per kind of block, so that what takes it as a static argument compiles once."""
+    return lambda params, x: block_forward(params, config, x.astype(config.dtype), sliding=sliding)[0]
 
 
 def _quantize_linear(problem: Problem, recipe: Recipe, index: int, path: str) -> tuple[QArray, Event]:

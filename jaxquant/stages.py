@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +66,13 @@ class Fold(Stage):
     """Moves scales between the linears and norms of a block before any of it is rounded."""
 
     def __call__(
-        self, block_params: Mapping[str, Any], moments: Mapping[str, Moments], grid: Grid, **facts: bool
+        self, block_params: Mapping[str, Any], moments: Mapping[str, Moments], grid: Grid, **facts: Any
     ) -> tuple[dict[str, Any], dict[str, Moments]]:
-        """The block that computes the same, and the moments of its new inputs; facts: see `methods.awq`."""
+        """The block that computes the same, and the moments of its new inputs.
+
+        Facts are `norm_plus_one`, `equal_heads`, `apply` and `inputs`, see `methods.awq`; inputs are those of
+        a few samples.
+        """
         raise NotImplementedError
 
 
@@ -267,12 +271,19 @@ class AWQ(Fold):
     """Activation-aware scales folded into the previous operation; see `methods.awq.awq`."""
 
     steps: int = 20
+    objective: Literal["linear", "block"] = "linear"
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("linear", "block"):
+            raise UsageError(f"unknown objective {self.objective!r}; use linear or block")
 
     def __call__(
-        self, block_params: Mapping[str, Any], moments: Mapping[str, Moments], grid: Grid, **facts: bool
+        self, block_params: Mapping[str, Any], moments: Mapping[str, Moments], grid: Grid, **facts: Any
     ) -> tuple[dict[str, Any], dict[str, Moments]]:
         """See `methods.awq.awq`."""
+        if self.objective == "linear":
+            facts = {**facts, "apply": None, "inputs": None}
         return awq(block_params, moments, grid, steps=self.steps, **facts)
 
     def __str__(self) -> str:
-        return "AWQ"
+        return "AWQ" if self.objective == "linear" else "AWQ (output of the block)"

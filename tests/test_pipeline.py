@@ -25,7 +25,7 @@ from jaxquant.models.decoder import block, embed, forward, init_params
 from jaxquant.pipeline import quantize_model, read_rows
 from jaxquant.plan import plan
 from jaxquant.quant import Grid, QArray
-from jaxquant.recipe import GPTQ, OSAQ, RTN, Best, by_path, chain, named
+from jaxquant.recipe import AWQ, GPTQ, OSAQ, RTN, Best, by_path, chain, named
 
 GRID = Grid(bits=3, group_size=16, clip="mse")
 RECIPE = named("gptq", GRID)
@@ -128,6 +128,7 @@ def test_reload_is_bit_exact_and_runs(finished, tokens):
     named("gptq", GRID, gptq=GPTQ(groups="dynamic")),
     named("gptq", Grid(bits=4, symmetric=True)),
     named("awq-gptq", GRID),
+    chain(AWQ(objective="block", steps=4), RTN(), grid=GRID),
     chain(GPTQ(), grid=GRID, hessian="fisher", mask="first"),
     pytest.param(named("osaq-dagger", GRID), marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip

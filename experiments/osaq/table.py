@@ -152,8 +152,8 @@ def _table(protocol: dict, rows: list[dict]) -> str:
         f"{protocol['evaluation_seqlen']} of WikiText-2 test and of C4, float32",
         "",
         f"Original perplexity: {original}. Its weights are dequantized Q4_1 and lie on a 4-bit grid already.",
-        "Asymmetric grids, group size 64; unless a row says otherwise with clip search (mean square error, and "
-        "at 2 bits neighbouring zeros) and GPTQ with act-order, static groups, damping .01; calibration "
+        "Asymmetric grids, group size 64; unless a row says otherwise with clip search (mean square error, "
+        "and at 2 bits neighbouring zeros) and GPTQ with act-order, static groups, damping .01; calibration "
         f"{protocol['samples']} x {protocol['seqlen']} tokens of the WikiText-2 train part. Mean over seeds, "
         "+- standard deviation where there are several. Layer error: mean over linears, `tr(D^T H D) / "
         "tr(W^T H W)` on the calibration tokens.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ _FOLDS = {
 _SMALLEST_SCALE = 1e-4
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "norm_plus_one", "equal_heads", "steps"))
+@functools.partial(jax.jit, static_argnames=("grid", "norm_plus_one", "equal_heads", "steps", "apply"))
 def awq(
     block_params: Mapping[str, Any],
     moments: Mapping[str, Moments],
@@ -35,6 +35,8 @@ def awq(
     norm_plus_one: bool,
     equal_heads: bool,
     steps: int = 20,
+    apply: Callable[[Mapping[str, Any], Array], Array] | None = None,
+    inputs: Float[Array, "samples seqlen d"] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Moments]]:
     """Scales the inputs of every linear of a block, `w <- diag(s) w`, and divides what makes them by s.
 
@@ -52,14 +54,20 @@ def awq(
       equal_heads: there are as many value heads as query heads. Where they are fewer, several inputs of o
         come from one column of v, and `attn_out` is left alone as in the paper's code.
       steps: see `awq_scale`.
+      apply, inputs: `apply(block_params, inputs)` is the block's output (static; give the same function for
+        every block). With both, the exponent is the one with the least error of that output, the linears of
+        one tap rounded at a time, as in the paper; else that of `awq_scale`.
 
     Returns:
       The parameters, those that changed in float32 (float64 where they or the moments are): Gemma's `1 + w`
       leaves a half too few digits. And the moments of the scaled inputs, for whatever method follows.
 
     Raises:
-      UsageError: the group size does not divide `in`, or a tap is unknown.
+      UsageError: the group size does not divide `in`, a tap is unknown, or one of `apply` and `inputs` is
+        missing.
     """
+    if (apply is None) != (inputs is None):
+        raise UsageError("awq: the block objective needs both apply and inputs")
     unknown = set(moments) - set(_FOLDS)
     if unknown:
         raise UsageError(f"awq: unknown taps {sorted(unknown)}; there are {', '.join(_FOLDS)}")
@@ -70,7 +78,10 @@ def awq(
             continue
         linears = dict(block[part])
         kernels = tuple(linears[name]["kernel"] for name in readers)
-        scale, _ = awq_scale(kernels, moments[tap], grid, steps=steps)
+        output_error = None
+        if apply is not None and inputs is not None:
+            output_error = functools.partial(_output_error, apply, inputs, block_params, part, readers)
+        scale, _ = awq_scale(kernels, moments[tap], grid, steps=steps, output_error=output_error)
         for name, kernel in zip(readers, kernels, strict=True):
             linears[name] = {**linears[name], "kernel": _wide(kernel, scale) * scale[:, None]}
         if maker in block:
@@ -82,9 +93,13 @@ def awq(
     return block, scaled
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "steps"))
 def awq_scale(
-    weights: tuple[Float[Array, "in _"], ...], moments: Moments, grid: Grid, *, steps: int = 20
+    weights: tuple[Float[Array, "in _"], ...],
+    moments: Moments,
+    grid: Grid,
+    *,
+    steps: int = 20,
+    output_error: Callable[[Float[Array, "in out"]], Float[Array, ""]] | None = None,
 ) -> tuple[Float[Array, " in"], Float[Array, ""]]:
     """The scale of the inputs that linears share, with the least output error of rounding to nearest.
 
@@ -93,18 +108,18 @@ def awq_scale(
 
     a is the magnitude of an input: here its root mean square `sqrt(H_kk)`, from the moments. The paper's code
     takes the mean of |x|, which the moments do not hold; for inputs of one distribution the two differ by a
-    constant, which drops out. It also compares outputs of the whole attention or MLP; here the outputs of the
-    linears that read the inputs are compared. r = 0 leaves the weight as it is, so the error is never above
-    that of rounding to nearest.
+    constant, which drops out. It also compares outputs of the whole attention or MLP: give `output_error` for
+    that. r = 0 leaves the weight as it is, so the error is never above that of rounding to nearest.
 
     Args:
       weights: kernels `[in, out_i]`, any float dtype; computed in float32, or in float64 where one is.
       moments: of the shared inputs. Those that were always 0 count with the least magnitude of the others.
       grid: static.
       steps: exponents tried.
+      output_error: replaces the error above; maps the rounded weights, side by side, to what is minimized.
 
     Returns:
-      The scale `[in]` and `sum tr(D^T H D) / sum tr(W^T H W)`.
+      The scale `[in]` and the least error, `sum tr(D^T H D) / sum tr(W^T H W)` or that of `output_error`.
 
     Raises:
       UsageError: the group size does not divide `in`, or `steps` is not positive.
@@ -124,7 +139,7 @@ def awq_scale(
         scale = jnp.maximum(magnitude**exponent, _SMALLEST_SCALE)
         scale = scale / jnp.sqrt(jnp.max(scale) * jnp.min(scale))
         rounded = grid.fake_quantize(w * scale[:, None]) / scale[:, None]
-        return scale, layer_error(rounded, w, h)
+        return scale, layer_error(rounded, w, h) if output_error is None else output_error(rounded)
 
     scales, errors = jax.lax.map(attempt, jnp.arange(steps, dtype=dtype) / steps)
     best = jnp.argmin(errors)
@@ -149,6 +164,25 @@ def divide_moments(moments: Moments, scale: Float[Array, " n"]) -> Moments:
     scale = scale.astype(moments.second.dtype)
     second = moments.second / scale[:, None] / scale[None, :]
     return dataclasses.replace(moments, second=second, max_abs=moments.max_abs / scale)
+
+
+def _output_error(
+    apply: Callable[[Mapping[str, Any], Array], Array],
+    inputs: Array,
+    block_params: Mapping[str, Any],
+    part: str,
+    readers: tuple[str, ...],
+    rounded: Array,
+) -> Array:
+    """Squared error of the block's output with the rounded kernels of `readers`, relative to the output's."""
+    linears, start = dict(block_params[part]), 0
+    for name in readers:
+        width = linears[name]["kernel"].shape[1]
+        linears[name] = {**linears[name], "kernel": rounded[:, start : start + width]}
+        start += width
+    reference = apply(block_params, inputs).astype(jnp.float32)
+    error = apply({**block_params, part: linears}, inputs).astype(jnp.float32) - reference
+    return (jnp.sum(jnp.square(error)) / jnp.sum(jnp.square(reference))).astype(rounded.dtype)
 
 
 def _wide(a: Array, scale: Array) -> Array:

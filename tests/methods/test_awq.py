@@ -203,6 +203,36 @@ def test_half_precision_blocks_come_out_wide_where_they_change():
     np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(before))))
 
 
+def test_the_block_objective_is_the_error_of_the_block():
+    config, x = GROUPED, inputs_of(GROUPED)
+    params = jax.tree.map(lambda leaf: leaf[0], blocks_of(config))
+    moments = moments_by_tap(params, config, x)
+    options = {"norm_plus_one": False, "equal_heads": False}
+
+    def apply(block_params, x):
+        return run(block_params, config, x)[0]
+
+    def error(exponent):
+        magnitude = jnp.sqrt(
+            jnp.diagonal(moments["mlp_in"].second) / moments["mlp_in"].count.astype(jnp.float32)
+        )
+        scale = jnp.maximum(magnitude**exponent, 1e-4)
+        scale = (scale / jnp.sqrt(jnp.max(scale) * jnp.min(scale)))[:, None]
+        mlp = dict(params["mlp"])
+        for name in ("gate", "up"):
+            mlp[name] = {"kernel": GRID.fake_quantize(mlp[name]["kernel"] * scale) / scale}
+        return float(jnp.sum((apply({**params, "mlp": mlp}, x) - apply(params, x)) ** 2)), scale[:, 0]
+
+    tried = [error(jnp.float32(i / 8)) for i in range(8)]
+    expected = min(tried, key=lambda pair: pair[0])[1]
+    assert max(tried)[0] > 1.05 * min(tried)[0]
+    scaled, _ = awq(params, {"mlp_in": moments["mlp_in"]}, GRID, steps=8, apply=apply, inputs=x, **options)
+    np.testing.assert_allclose(params["mlp_norm"] / scaled["mlp_norm"], expected, rtol=1e-5)
+    np.testing.assert_allclose(apply(scaled, x), apply(params, x), atol=1e-4)
+    with pytest.raises(UsageError, match="both apply and inputs"):
+        awq(params, moments, GRID, apply=apply, **options)
+
+
 def test_impossible_options():
     params, x = layer(blocks_of(GROUPED)), inputs_of(GROUPED)
     moments = moments_by_tap(params, GROUPED, x)
