@@ -16,20 +16,23 @@ def conjugate_gradients(
     b: Float[Array, "systems n"],
     *,
     diagonal: Float[Array, "systems n"],
+    tolerance: float | None = None,
 ) -> Float[Array, "systems n"]:
     """Solves `A_c x_c = b_c` for every c, preconditioned by the diagonals; nothing but products.
 
     Batches of small Cholesky factorizations would call LAPACK once each, which on a CPU costs more than the
     ten or twenty products that well conditioned systems need, and two such batches in one program can wait
-    for each other's threads forever. Stops at relative residuals of 1e-6 (float64: 1e-13), per system, or
-    after 200 steps. Differentiable by the implicit function theorem.
+    for each other's threads forever. Stops at relative residuals of `tolerance`, per system, or after
+    200 steps. Differentiable by the implicit function theorem.
 
     Args:
       matvec: `x -> [A_c x_c]`, linear; every `A_c` symmetric positive definite.
       b: right sides.
       diagonal: `diag A_c`, or anything positive near it.
+      tolerance: `None` is 1e-6, in float64 1e-13.
     """
-    tolerance = 1e-6 if b.dtype == jnp.float32 else 1e-13
+    if tolerance is None:
+        tolerance = 1e-6 if b.dtype == jnp.float32 else 1e-13
 
     def dot(u: Array, v: Array) -> Array:
         return jnp.sum(u * v, axis=-1, keepdims=True)

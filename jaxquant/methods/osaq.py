@@ -26,6 +26,8 @@ _THETAS = 10
 _CHUNK = 2**18
 # A support of at least this fraction of the rows is solved with the whole of G.
 _DENSE = 4
+# The line search scales the step anyway, so its third digit does not matter.
+_ROUGH = 1e-3
 # Lawson: what vanishes never returns, so a little of the uniform weights is mixed in now and then.
 _MIX, _MIX_EVERY = 1e-3, 5
 
@@ -112,13 +114,15 @@ def osaq_top(
     *,
     support: int,
     groups: int = 1,
+    tolerance: float | None = None,
 ) -> Float[Array, "in out"]:
     """`osaq_kernel` with all but the `support` largest s of every group taken as 0.
 
     An `m x m` system per channel, `m = groups * min(support, n)`: the union of the groups' selections is
     solved jointly, because G couples groups. A small support gathers `G[idx, idx]`, a chunk of columns at a
     time; a large one multiplies all columns by the whole of G, which is faster than gathering most of it.
-    Solved by conjugate gradients: eigenvalues lie in `[1, 1 + max s max G]`, most of them close to 1.
+    Solved by conjugate gradients up to a relative residual of `tolerance` (see `linalg.cg`): eigenvalues lie
+    in `[1, 1 + max s max G]`, most of them close to 1.
     """
     rows, columns = weight.shape
     length = rows // groups
@@ -141,7 +145,9 @@ def osaq_top(
         def multiply(x: Array) -> Array:
             return x + wide * jnp.matmul(wide * x, g, precision="highest")
 
-        z = wide * conjugate_gradients(multiply, spread(peaks), diagonal=jnp.maximum(spread(diagonal), 1))
+        z = wide * conjugate_gradients(
+            multiply, spread(peaks), diagonal=jnp.maximum(spread(diagonal), 1), tolerance=tolerance
+        )
     else:
 
         @jax.checkpoint
@@ -152,7 +158,7 @@ def osaq_top(
             def multiply(x: Array) -> Array:
                 return x + jnp.einsum("cij,cj->ci", small, x, precision="highest")
 
-            return r * conjugate_gradients(multiply, peaks, diagonal=diagonal)
+            return r * conjugate_gradients(multiply, peaks, diagonal=diagonal, tolerance=tolerance)
 
         size = max(1, min(columns, _CHUNK // (groups * support) ** 2))
 
@@ -216,7 +222,8 @@ def osaq_delta(
     peaks = weight - jnp.repeat(middle, rows // groups, axis=0)
 
     def solve(s: Array) -> Array:
-        return osaq_top(peaks, g, s, support=support, groups=groups)
+        tolerance = _ROUGH if s.dtype == jnp.float32 else None
+        return osaq_top(peaks, g, s, support=support, groups=groups, tolerance=tolerance)
 
     def lawson(state: tuple[Array, Array, Array], step: Array) -> tuple[tuple[Array, Array, Array], None]:
         s, delta, best = state
