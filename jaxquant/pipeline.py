@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxquant.calibrate.collect import batches, block_moments
 from jaxquant.calibrate.fisher import TokenWeights, fisher_weights
-from jaxquant.calibrate.moments import Moments
+from jaxquant.calibrate.moments import Moments, merge
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source
@@ -273,6 +273,8 @@ def _quantize_block(
 
         moments = plain = collect(~judges if holds_out else slice(None))
         held_out = collect(judges) if holds_out else {}
+        if holds_out:
+            plain = {tap: merge(moments[tap], held_out[tap]) for tap in taps}
         for fold in recipe.folds:
             equal_heads = config.num_heads == config.num_kv_heads
             facts = {
@@ -286,7 +288,10 @@ def _quantize_block(
             part, name = path.split(".")
             kernel = params[part][name]["kernel"]
             own = recipe.at(f"blocks.{index}.{path}")
-            problem = Problem.of(kernel, moments[tap], own.grid, held_out=held_out.get(tap))
+            if holds_out and own.holds_out:
+                problem = Problem.of(kernel, moments[tap], own.grid, held_out=held_out[tap])
+            else:
+                problem = Problem.of(kernel, plain[tap] if holds_out else moments[tap], own.grid)
             packed, row = _quantize_linear(problem, own, index, path)
             nearest = rtn(original[part][name]["kernel"], plain[tap], own.grid)
             row["error_rtn"] = float(nearest.stats.error)

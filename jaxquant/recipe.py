@@ -89,6 +89,10 @@ class Recipe:
             raise UsageError(
                 f"{self.folds[0]} changes a block before it is rounded; leave true_sequential out"
             )
+        if self.stores_order and any(isinstance(s, Refit) and s.passes > 1 for s in self.stages):
+            raise UsageError(
+                "refit with passes > 1 rounds anew on given grids: use static groups, or passes=1"
+            )
         for field, kind in (("hessian", Hessian), ("mask", Mask)):
             if (value := getattr(self, field)) not in get_args(kind):
                 raise UsageError(f"unknown {field} {value!r}; use {' or '.join(get_args(kind))}")
@@ -180,7 +184,10 @@ class Recipe:
             grid=_build(Grid, "grid", fields.get("grid", {})),
             stages=tuple(_stage_from_dict(stage) for stage in fields.get("stages", ())),
             **{name: fields[name] for name in ("true_sequential", "hessian", "mask") if name in fields},
-            rules=tuple((r["pattern"], cls.from_dict(r["recipe"])) for r in fields.get("rules", ())),
+            rules=tuple(
+                (_required(r, "pattern", "rule"), cls.from_dict(_required(r, "recipe", "rule")))
+                for r in fields.get("rules", ())
+            ),
         )
 
 
@@ -342,10 +349,17 @@ def _stage_from_dict(fields: Mapping[str, Any]) -> Stage:
     if name not in STAGES:
         raise UsageError(f"unknown stage {name!r}; there are {', '.join(sorted(STAGES))}")
     if name == Masked.name:
-        return masked(_stage_from_dict(options["of"]), options["pattern"])
+        return masked(_stage_from_dict(_required(options, "of", name)), _required(options, "pattern", name))
     if name == Best.name:
-        options["candidates"] = tuple(_stage_from_dict(candidate) for candidate in options["candidates"])
+        candidates = _required(options, "candidates", name)
+        options["candidates"] = tuple(_stage_from_dict(candidate) for candidate in candidates)
     return _build(STAGES[name], name, options)
+
+
+def _required(fields: Mapping[str, Any], key: str, name: str) -> Any:
+    if key not in fields:
+        raise UsageError(f"{name}: {key} is missing")
+    return fields[key]
 
 
 def _build(kind: Any, name: str, options: Mapping[str, Any]) -> Any:

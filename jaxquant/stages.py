@@ -16,6 +16,7 @@ from jaxquant.methods import (
     Problem,
     Rounded,
     awq,
+    better_columns,
     coordinate_descent,
     gptq,
     layer_error,
@@ -176,6 +177,10 @@ class Best(Stage):
     candidates: tuple[Transform, ...]
     columns: int = 64
 
+    def __post_init__(self) -> None:
+        if self.columns < 1:
+            raise UsageError(f"best: columns={self.columns} must be positive; 64 to 128 is usual")
+
     def choose(self, problem: Problem, then: Callable[[Problem], Rounded]) -> tuple[Problem, Int[Array, ""]]:
         """The transformed problem and which candidate it took (0: none); `then` is the rest of the chain."""
         # Some transforms answer a half-precision weight in float32.
@@ -198,7 +203,9 @@ class Best(Stage):
         )
         if problem.held_out is not None:
             problem = dataclasses.replace(problem, moments=merge(problem.moments, judge), held_out=None)
-        choice = jnp.argmin(errors)
+        # NaN would count as the least.
+        choice = jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))
+        problem = dataclasses.replace(problem, weight=problem.weight.astype(dtype))
         finalists = [lambda p, option=option: option(p).weight.astype(dtype) for option in options]
         return dataclasses.replace(problem, weight=jax.lax.switch(choice, finalists, problem)), choice
 
@@ -230,7 +237,8 @@ class Refit(Refinement):
       rounds: refits, each followed by `sweeps` of coordinate descent.
       sweeps: 2 suffice between refits.
       passes: rounds are repeated that often; between them GPTQ (act-order, damping `percdamp`) rounds
-        `problem.weight` anew on the grids found so far, and the better of the two roundings goes on.
+        `problem.weight` anew on the grids found so far, and every column goes on with the better of its two
+        roundings. More than one pass needs static groups.
       integer_zero: keep integer zeros.
     """
 
@@ -240,29 +248,30 @@ class Refit(Refinement):
     percdamp: float = 0.01
     integer_zero: bool = False
 
+    def __post_init__(self) -> None:
+        if min(self.rounds, self.sweeps) < 0 or self.passes < 1 or not self.percdamp > 0:
+            raise UsageError(
+                f"{self!r}: rounds and sweeps must be 0 or more, passes 1 or more, percdamp positive"
+            )
+
     def __call__(self, problem: Problem, rounded: Rounded) -> Rounded:
         """The improved rounding."""
         best = rounded
         for number in range(self.passes):
             if number > 0:
-                rounded = gptq(
-                    problem.weight, problem.moments, problem.grid, percdamp=self.percdamp, fixed=rounded
+                again = gptq(
+                    problem.weight, problem.moments, problem.grid, percdamp=self.percdamp, fixed=best
                 )
-                rounded = dataclasses.replace(rounded, stats=best.stats)
+                rounded = dataclasses.replace(again, stats=best.stats)
             for _ in range(self.rounds):
                 rounded = refit_grid(problem, rounded, integer_zero=self.integer_zero)
                 rounded = coordinate_descent(problem, rounded, sweeps=self.sweeps)
-            best = _better(rounded, best)
+            best = better_columns(problem, rounded, best)
         return best
 
     def __str__(self) -> str:
         zeros = ", integer zeros" if self.integer_zero else ""
         return f"refit ({self.passes} x {self.rounds} rounds, {self.sweeps} sweeps{zeros})"
-
-
-def _better(a: Rounded, b: Rounded) -> Rounded:
-    less = a.stats.error < b.stats.error
-    return jax.tree.map(lambda x, y: jnp.where(less, x, y), a, b)
 
 
 @register("awq")

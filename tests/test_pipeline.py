@@ -25,7 +25,7 @@ from jaxquant.models.decoder import block, embed, forward, init_params
 from jaxquant.pipeline import quantize_model, read_rows
 from jaxquant.plan import plan
 from jaxquant.quant import Grid, QArray
-from jaxquant.recipe import AWQ, GPTQ, OSAQ, RTN, Best, by_path, chain, named
+from jaxquant.recipe import AWQ, GPTQ, OSAQ, RTN, Best, MagR, by_path, chain, masked, named
 
 GRID = Grid(bits=3, group_size=16, clip="mse")
 RECIPE = named("gptq", GRID)
@@ -165,6 +165,18 @@ def test_fisher_weights_enter_the_errors_and_are_kept_for_a_resumed_run(params, 
         quantize_model(MemorySource(params, fail_at=2), recipe, tokens, tmp_path / "r", resume=True)
     quantize_model(MemorySource(params), recipe, tokens, tmp_path / "r", resume=True)
     assert_same_model(tmp_path / "q", tmp_path / "r")
+
+
+def test_tokens_are_held_out_from_those_that_choose_only(params, tokens, tmp_path):
+    """Linears without a choice, and the RTN error of all, see every token."""
+    quantize_model(MemorySource(params), chain(RTN(), grid=GRID), tokens, tmp_path / "plain")
+    mixed = chain(masked(Best((MagR(),)), r"mlp\.down"), RTN(), grid=GRID)
+    quantize_model(MemorySource(params), mixed, tokens, tmp_path / "mixed")
+    plain, found = (read_rows(tmp_path / name)[0][:7] for name in ("plain", "mixed"))
+    for a, b in zip(plain, found, strict=True):
+        np.testing.assert_allclose(b["error_rtn"], a["error"], rtol=1e-5)
+        if b["linear"] != "mlp.down":
+            np.testing.assert_allclose(b["error"], a["error"], rtol=1e-5)
 
 
 def test_choices_are_logged(params, tokens, tmp_path):

@@ -25,6 +25,7 @@ from jaxquant.recipe import (
     MagR,
     Recipe,
     Refinement,
+    Refit,
     Transform,
     by_path,
     chain,
@@ -253,6 +254,12 @@ def test_bad_files_name_the_place(tmp_path):
     path.write_text('hessian = "fish"\nstages = [{ stage = "rtn" }]')
     with pytest.raises(UsageError, match="unknown hessian 'fish'; use input or fisher"):
         read_toml(path)
+    path.write_text('stages = [{ stage = "best" }]')
+    with pytest.raises(UsageError, match="best: candidates is missing"):
+        read_toml(path)
+    path.write_text('stages = [{ stage = "rtn" }]\nrules = [{ pattern = "x" }]')
+    with pytest.raises(UsageError, match="rule: recipe is missing"):
+        read_toml(path)
     path.write_text("bits = 3")
     with pytest.raises(UsageError, match="unknown recipe fields bits"):
         read_toml(path)
@@ -270,3 +277,24 @@ def test_unknown_names_list_the_known_ones():
         GPTQ(percdamp=0.0)
     with pytest.raises(UsageError, match="unknown groups 'none'"):
         GPTQ(groups="none")  # pyright: ignore
+
+
+def test_impossible_options_of_stages_are_refused():
+    with pytest.raises(UsageError, match="percdamp positive"):
+        Refit(percdamp=0.0)
+    with pytest.raises(UsageError, match="columns=0 must be positive"):
+        Best((OSAQ(),), columns=0)
+    with pytest.raises(UsageError, match="use static groups, or passes=1"):
+        chain(GPTQ(groups="dynamic"), Refit(), grid=GRID)
+    chain(GPTQ(groups="dynamic"), Refit(passes=1), grid=GRID)
+
+
+def test_a_candidate_that_fails_is_not_chosen(layer):
+    @dataclasses.dataclass(frozen=True)
+    class Broken(Transform):
+        def __call__(self, problem):
+            return dataclasses.replace(problem, weight=problem.weight * jnp.nan)
+
+    rounded = chain(Best((Broken(),)), RTN(), grid=GRID)(Problem.of(*layer, GRID))
+    assert int(rounded.stats.choice) == 0
+    assert bool(rounded.stats.finite)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.calibrate.collect import batches
+from jaxquant.errors import NonFiniteError
 from jaxquant.evaluate.scoring import at_targets, head_only, over_tokens
 from jaxquant.io.source import Source
 from jaxquant.models.config import LINEARS, ModelConfig
@@ -45,7 +46,10 @@ def fisher_weights(
       on_block: called with `(blocks done, blocks in total)`, forward and backward counted.
 
     Returns:
-      For every block, by tap, float32 `[samples, seqlen]`.
+      For every block, by tap, float32 `[samples, seqlen]`; 1 where all gradients of a tap are 0.
+
+    Raises:
+      NonFiniteError: a gradient is NaN or infinite; names the block and tap.
     """
     config = source.config
     outer = jax.tree.map(jnp.asarray, source.outer())
@@ -70,9 +74,14 @@ def fisher_weights(
             for tap, norm in norms.items():
                 found[index][tap][part] = norm
             on_block(done := done + 1, total)
-    for weights in found:
+    for index, weights in enumerate(found):
         for tap, weight in weights.items():
             mean = weight.mean(dtype=np.float64)
+            if not np.isfinite(mean):
+                raise NonFiniteError(
+                    f"blocks.{index}.{tap}: the gradient of the loss is not finite; check the model file, "
+                    "or leave the Hessian at 'input'"
+                )
             weights[tap] = (weight / mean if mean > 0 else np.ones_like(weight)).astype(np.float32)
     return found
 

@@ -69,19 +69,23 @@ def observe(
         kept = mask.reshape(-1)
         x = jnp.where(kept[:, None], x, 0)
         count = jnp.sum(kept, dtype=jnp.int32)
-    weighted = x if weights is None else x * weights.reshape(-1, 1).astype(jnp.float32)
-    second = jnp.matmul(x.T, weighted, precision="highest")
-    return Moments(second=second, count=count, max_abs=jnp.max(jnp.abs(x), axis=0, initial=0))
+    max_abs = jnp.max(jnp.abs(x), axis=0, initial=0)
+    if weights is not None:
+        roots = jnp.sqrt(weights.reshape(-1).astype(jnp.float32))
+        x = x * (roots if mask is None else jnp.where(mask.reshape(-1), roots, 0))[:, None]
+    second = jnp.matmul(x.T, x, precision="highest")
+    return Moments(second=second, count=count, max_abs=max_abs)
 
 
 def massive_tokens(x: Float[Array, "*tokens n"], *, factor: float = 64.0) -> Bool[Array, "*tokens"]:
     """Tokens whose largest activation exceeds `factor` times the median of that over the tokens.
 
-    A handful of such tokens (often the first of a window) can hold most of the energy of a tap. The factor
-    of 64 is that of PrefixQuant (arXiv 2410.05265).
+    None where that median is 0. A handful of such tokens (often the first of a window) can hold most of the
+    energy of a tap. The factor of 64 is that of PrefixQuant (arXiv 2410.05265).
     """
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1)
-    return largest > factor * jnp.median(largest)
+    median = jnp.median(largest)
+    return (median > 0) & (largest > factor * median)
 
 
 def merge(a: Moments, b: Moments) -> Moments:

@@ -6,7 +6,7 @@ from jaxquant.methods.gptq import gptq
 from jaxquant.methods.magr import linf_prox, magr
 from jaxquant.methods.osaq import osaq, osaq_delta, osaq_kernel, osaq_primal, osaq_top, softmax_infinity
 from jaxquant.methods.problem import Problem
-from jaxquant.methods.refit import refit_grid
+from jaxquant.methods.refit import better_columns, refit_grid
 from jaxquant.methods.rounded import Rounded, Stats, layer_error
 from jaxquant.methods.rtn import rtn
 
@@ -16,6 +16,7 @@ __all__ = [
     "Stats",
     "awq",
     "awq_scale",
+    "better_columns",
     "coordinate_descent",
     "gptq",
     "layer_error",

@@ -72,15 +72,16 @@ def awq(
     if unknown:
         raise UsageError(f"awq: unknown taps {sorted(unknown)}; there are {', '.join(_FOLDS)}")
     block: dict[str, Any] = dict(block_params)
+    output_of = None
+    if apply is not None and inputs is not None:
+        output_of = functools.partial(_output_error, apply, inputs, block_params, apply(block_params, inputs))
     scaled = dict(moments)
     for tap, (part, readers, maker) in _FOLDS.items():
         if tap not in moments or (tap == "attn_out" and not equal_heads):
             continue
         linears = dict(block[part])
         kernels = tuple(linears[name]["kernel"] for name in readers)
-        output_error = None
-        if apply is not None and inputs is not None:
-            output_error = functools.partial(_output_error, apply, inputs, block_params, part, readers)
+        output_error = None if output_of is None else functools.partial(output_of, part, readers)
         scale, _ = awq_scale(kernels, moments[tap], grid, steps=steps, output_error=output_error)
         for name, kernel in zip(readers, kernels, strict=True):
             linears[name] = {**linears[name], "kernel": _wide(kernel, scale) * scale[:, None]}
@@ -142,7 +143,7 @@ def awq_scale(
         return scale, layer_error(rounded, w, h) if output_error is None else output_error(rounded)
 
     scales, errors = jax.lax.map(attempt, jnp.arange(steps, dtype=dtype) / steps)
-    best = jnp.argmin(errors)
+    best = jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))
     return scales[best], errors[best]
 
 
@@ -170,6 +171,7 @@ def _output_error(
     apply: Callable[[Mapping[str, Any], Array], Array],
     inputs: Array,
     block_params: Mapping[str, Any],
+    reference: Array,
     part: str,
     readers: tuple[str, ...],
     rounded: Array,
@@ -180,7 +182,7 @@ def _output_error(
         width = linears[name]["kernel"].shape[1]
         linears[name] = {**linears[name], "kernel": rounded[:, start : start + width]}
         start += width
-    reference = apply(block_params, inputs).astype(jnp.float32)
+    reference = reference.astype(jnp.float32)
     error = apply({**block_params, part: linears}, inputs).astype(jnp.float32) - reference
     return (jnp.sum(jnp.square(error)) / jnp.sum(jnp.square(reference))).astype(rounded.dtype)
 

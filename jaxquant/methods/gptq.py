@@ -90,6 +90,7 @@ def gptq(
         scale, zero = fixed.scale, fixed.zero
 
     order = jnp.argsort(-diagonal, stable=True) if act_order else jnp.arange(rows)
+    order = order.astype(jnp.int32)
     # Only the diagonal of a dead input is not 0.
     mended = h[order][:, order] + jnp.diag(jnp.where(dead, diagonal, 0)[order])
     factor = damped_factor(mended, percdamp)

@@ -11,11 +11,13 @@ from jaxtyping import Array
 
 from jaxquant.linalg import conjugate_gradients
 from jaxquant.methods.problem import Problem
-from jaxquant.methods.rounded import Rounded, layer_error
+from jaxquant.methods.rounded import Rounded, layer_error, output_energy, relative_energy
 from jaxquant.quant import working_dtype
 
 # Share of its own diagonal that is added to every system: integers can make its columns dependent.
 _RIDGE = 1e-3
+# Elements of the systems that are in memory at a time.
+_CHUNK = 2**24
 # A scale may change by this factor at most.
 _LARGEST_CHANGE = 8.0
 
@@ -54,35 +56,48 @@ def refit_grid(problem: Problem, rounded: Rounded, *, integer_zero: bool = False
     scale = rounded.scale.astype(dtype)
     zero = jnp.full_like(scale, grid.constant_zero) if rounded.zero is None else rounded.zero.astype(dtype)
     steps = rounded.codes.astype(dtype) - jnp.repeat(zero, length, axis=0)
-    bases = [steps, jnp.ones_like(steps)] if fits_zero else [steps]
+    gradient = _product(h, w - steps * jnp.repeat(scale, length, axis=0))
 
-    def by_group(a: Array) -> Array:
-        """Sums over the rows of each group, against every basis: `[bases * groups, out]`."""
-        return jnp.concatenate([jnp.sum((b * a).reshape(groups, length, columns), axis=1) for b in bases])
+    def solve(part: tuple[Array, Array]) -> Array:
+        """The change of the unknowns `[unknowns, columns]` for some columns of `steps` and `gradient`."""
+        steps, gradient = part
+        bases = [steps, jnp.ones_like(steps)] if fits_zero else [steps]
 
-    def couple(start: Array) -> Array:
-        h_of_group = jax.lax.dynamic_slice_in_dim(h, start, length, axis=1)
-        parts = [jax.lax.dynamic_slice_in_dim(b, start, length, axis=0) for b in bases]
-        return jnp.stack([by_group(_product(h_of_group, part)) for part in parts])
+        def by_group(a: Array) -> Array:
+            """Sums over the rows of each group, against every basis."""
+            return jnp.concatenate([jnp.sum((b * a).reshape(groups, length, -1), axis=1) for b in bases])
 
-    systems = jax.lax.map(couple, jnp.arange(0, rows, length))
-    unknowns = len(bases) * groups
-    systems = systems.transpose(3, 1, 0, 2).reshape(columns, unknowns, unknowns)
-    diagonal = jnp.diagonal(systems, axis1=1, axis2=2)
-    largest = jnp.max(diagonal, axis=1, keepdims=True)
-    ridge = _RIDGE * jnp.where(largest > 0, jnp.maximum(diagonal, 1e-3 * largest), 1)
+        def couple(start: Array) -> Array:
+            h_of_group = jax.lax.dynamic_slice_in_dim(h, start, length, axis=1)
+            parts = [jax.lax.dynamic_slice_in_dim(b, start, length, axis=0) for b in bases]
+            return jnp.stack([by_group(_product(h_of_group, part)) for part in parts])
 
-    def multiply(x: Array) -> Array:
-        return ridge * x + jnp.einsum("cij,cj->ci", systems, x, precision="highest")
+        systems = jax.lax.map(couple, jnp.arange(0, rows, length))
+        systems = systems.transpose(3, 1, 0, 2).reshape(-1, unknowns, unknowns)
+        diagonal = jnp.diagonal(systems, axis1=1, axis2=2)
+        largest = jnp.max(diagonal, axis=1, keepdims=True)
+        ridge = _RIDGE * jnp.where(largest > 0, jnp.maximum(diagonal, 1e-3 * largest), 1)
 
-    slope = by_group(_product(h, w - steps * jnp.repeat(scale, length, axis=0))).T
-    change = conjugate_gradients(multiply, slope, diagonal=diagonal + ridge).T
+        def multiply(x: Array) -> Array:
+            return ridge * x + jnp.einsum("cij,cj->ci", systems, x, precision="highest")
+
+        return conjugate_gradients(multiply, by_group(gradient).T, diagonal=diagonal + ridge).T
+
+    unknowns = (2 if fits_zero else 1) * groups
+    size = min(columns, max(1, _CHUNK // unknowns**2))
+    pad = -columns % size
+
+    def chunked(a: Array) -> Array:
+        return jnp.moveaxis(jnp.pad(a, ((0, 0), (0, pad))).reshape(rows, -1, size), 1, 0)
+
+    change = jax.lax.map(solve, (chunked(steps), chunked(gradient)))
+    change = jnp.moveaxis(change, 0, 1).reshape(unknowns, -1)[:, :columns]
 
     moved = scale + change[:groups]
     ratio = moved / scale
     usable = (ratio > 1 / _LARGEST_CHANGE) & (ratio < _LARGEST_CHANGE)
     moved = jnp.where(usable, moved, scale)
-    new_scale, new_zero = moved.astype(rounded.scale.dtype), rounded.zero
+    new_scale, new_zero = grid.storable(moved).astype(rounded.scale.dtype), rounded.zero
     if fits_zero and rounded.zero is not None:
         shifted = jnp.clip(zero - change[groups:] / moved, 0, 2**grid.bits - 1)
         new_zero = jnp.where(usable, shifted, zero).astype(rounded.zero.dtype)
@@ -98,6 +113,29 @@ def refit_grid(problem: Problem, rounded: Rounded, *, integer_zero: bool = False
     error = layer_error(grid.dequantize(rounded.codes, new_scale, new_zero, dtype), w, h)
     stats = dataclasses.replace(rounded.stats, error=error)
     return dataclasses.replace(rounded, scale=new_scale, zero=new_zero, stats=stats)
+
+
+@jax.jit
+def better_columns(problem: Problem, a: Rounded, b: Rounded) -> Rounded:
+    """Of two roundings on one kind of grid, column by column the one with less error; statistics of `b`."""
+    dtype = working_dtype(problem.target.dtype, problem.moments.second.dtype)
+    w, h = problem.target.astype(dtype), problem.moments.second.astype(dtype)
+
+    def errors(rounded: Rounded) -> Array:
+        d = rounded.pack().dequantize(dtype) - w
+        return jnp.sum(d * _product(h, d), axis=0)
+
+    first, second = errors(a), errors(b)
+    less = (first < second)[None, :]
+    zero = None if a.zero is None or b.zero is None else jnp.where(less, a.zero, b.zero)
+    error = relative_energy(jnp.sum(jnp.minimum(first, second)), output_energy(w, h))
+    return dataclasses.replace(
+        b,
+        codes=jnp.where(less, a.codes, b.codes),
+        scale=jnp.where(less, a.scale, b.scale),
+        zero=zero,
+        stats=dataclasses.replace(b.stats, error=error),
+    )
 
 
 def _product(a: Array, b: Array) -> Array:

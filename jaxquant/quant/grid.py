@@ -168,8 +168,8 @@ class Grid:
         whole = jnp.floor(zero)
         return jnp.clip(jnp.round(w / scale + (zero - whole)) + whole, 0, 2**self.bits - 1)
 
-    def _stored(self, scale: Array) -> Array:
-        """The scale as it will be stored: rounded to `scale_dtype`, kept off 0 and infinity."""
+    def storable(self, scale: Array) -> Array:
+        """A scale as it will be stored: rounded to `scale_dtype`, kept off 0 and infinity."""
         info = jnp.finfo(self.scale_dtype)
         # At 8 bits max|w| < 0.008 already asks for a subnormal float16. Those are normal in float32, where
         # all arithmetic happens; the subnormals of float32 are flushed to 0 by most backends.
@@ -180,13 +180,13 @@ class Grid:
 
     def _from_range(self, lo: Array, hi: Array) -> tuple[Array, Array | None]:
         if not self.symmetric:
-            scale = self._stored((hi - lo) / (2**self.bits - 1))
+            scale = self.storable((hi - lo) / (2**self.bits - 1))
             return scale, jnp.clip(jnp.round(-lo / scale), 0, 2**self.bits - 1)
         extreme = jnp.maximum(-lo, hi)
         if self.convention == "full" and self.bits > 1:
             extreme = jnp.where(-lo >= hi, extreme, -extreme)  # code 0 (value -2**(b-1) scale) is the extreme
         denominator = 0.5 if self.bits == 1 else _DENOMINATOR[self.convention](self.bits)
-        return self._stored(extreme / denominator), None
+        return self.storable(extreme / denominator), None
 
     def _search(self, g: Array, lo: Array, hi: Array) -> tuple[Array, Array | None]:
         shifts = (0.0, -1.0, 1.0) if not self.symmetric and self.bits <= 2 else (0.0,)

@@ -90,6 +90,11 @@ def test_massive_tokens_are_those_far_above_the_median():
     assert massive.sum() == 1
 
 
+def test_no_token_is_massive_where_most_are_zero():
+    x = jnp.zeros((8, 3)).at[:3].set(1.0)
+    assert not bool(massive_tokens(x).any())
+
+
 def test_weights_scale_tokens(params, hidden):
     weights = {tap: np.random.default_rng(i).random((6, 16)).astype(np.float32) for i, tap in enumerate(TAPS)}
     found = block_moments(first_block(params), CONFIG, hidden, sliding=False, weights=weights)

@@ -13,6 +13,7 @@ from small_model import CONFIG, MemorySource
 
 from jaxquant.calibrate import collect
 from jaxquant.calibrate.fisher import fisher_weights
+from jaxquant.errors import NonFiniteError
 from jaxquant.evaluate.perplexity import token_nll
 from jaxquant.models.config import LINEARS
 from jaxquant.models.decoder import init_params
@@ -89,3 +90,10 @@ def test_progress_counts_both_directions(tokens):
     source = MemorySource(init_params(jax.random.key(0), CONFIG))
     fisher_weights(source, tokens, on_block=lambda *pair: seen.append(pair))
     assert seen == [(i + 1, 2 * CONFIG.num_layers) for i in range(2 * CONFIG.num_layers)]
+
+
+def test_gradients_that_are_not_finite_are_an_error(tokens):
+    params = init_params(jax.random.key(0), CONFIG)
+    params = {**params, "norm": params["norm"].at[3].set(jnp.nan)}
+    with pytest.raises(NonFiniteError, match=r"blocks\.0\.attn_in: the gradient of the loss is not finite"):
+        fisher_weights(MemorySource(params), tokens)

@@ -11,7 +11,7 @@ import pytest
 from gptq_reference import correlated_layer, moments_of
 
 from jaxquant.errors import UsageError
-from jaxquant.methods import Problem, gptq, layer_error, refit_grid
+from jaxquant.methods import Problem, better_columns, gptq, layer_error, refit, refit_grid
 from jaxquant.quant import Grid
 from jaxquant.stages import Refit
 
@@ -137,7 +137,7 @@ def test_turns_of_refits_and_sweeps_beat_either():
         float(Refit(rounds=rounds, passes=passes)(problem, rounded).stats.error)
         for rounds, passes in [(0, 1), (1, 1), (3, 1), (3, 2)]
     ]
-    assert errors[0] == float(rounded.stats.error)
+    assert errors[0] == pytest.approx(float(rounded.stats.error))
     assert errors[1] < 0.95 * errors[0]
     assert errors[3] <= errors[2] < errors[1]
 
@@ -152,3 +152,39 @@ def test_gptq_keeps_given_grids():
     np.testing.assert_array_equal(same.codes, rounded.codes)
     with pytest.raises(UsageError, match="static groups only"):
         gptq(problem.weight, problem.moments, problem.grid, fixed=rounded, groups="dynamic")
+
+
+def test_columns_are_chosen_one_by_one():
+    problem, first = layer(GRIDS["w2 groups"])
+    second = gptq(problem.weight, problem.moments, problem.grid, act_order=False)
+    found = better_columns(problem, first, second)
+    h = np.asarray(problem.moments.second, np.float64)
+
+    def errors(rounded):
+        d = values_of(rounded) - np.asarray(problem.target, np.float64)
+        return np.sum(d * (h @ d), axis=0)
+
+    np.testing.assert_allclose(errors(found), np.minimum(errors(first), errors(second)), rtol=1e-6)
+    assert float(found.stats.error) < min(float(first.stats.error), float(second.stats.error))
+    np.testing.assert_allclose(
+        found.stats.error,
+        layer_error(found.pack().dequantize(), problem.target, problem.moments.second),
+        rtol=1e-4,
+    )
+
+
+def test_chunks_of_columns_change_nothing(monkeypatch):
+    problem, rounded = layer(GRIDS["w2 groups"])
+    whole = refit_grid(problem, rounded)
+    monkeypatch.setattr(refit, "_CHUNK", 5 * 36)  # 5 of 12 columns, with padding
+    parts = refit_grid.__wrapped__(problem, rounded)
+    np.testing.assert_allclose(parts.scale, whole.scale, rtol=1e-4)
+
+
+def test_scales_never_become_zero():
+    grid = Grid(bits=1, group_size=24, symmetric=True)
+    w, x = correlated_layer(ROWS, OUT)
+    w[:24] *= 1e-8
+    problem = Problem.of(jnp.asarray(w, jnp.float32), moments_of(x), grid)
+    found = refit_grid(problem, gptq(problem.weight, problem.moments, grid))
+    assert float(jnp.min(jnp.abs(found.scale.astype(jnp.float32)))) > 0
