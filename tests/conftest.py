@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 # Before JAX loads LAPACK, whose threads spin while the other test processes work.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Workers, and the commands that tests start, compile many of the same programs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="jaxquant-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import pytest

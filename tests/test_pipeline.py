@@ -25,7 +25,7 @@ from jaxquant.models.decoder import block, embed, forward, init_params
 from jaxquant.pipeline import quantize_model, read_rows
 from jaxquant.plan import plan
 from jaxquant.quant import Grid, QArray
-from jaxquant.recipe import AWQ, GPTQ, OSAQ, RTN, Best, MagR, by_path, chain, masked, named
+from jaxquant.recipe import AWQ, GPTQ, RTN, Best, MagR, by_path, chain, masked, named
 
 GRID = Grid(bits=3, group_size=16, clip="mse")
 RECIPE = named("gptq", GRID)
@@ -180,10 +180,10 @@ def test_tokens_are_held_out_from_those_that_choose_only(params, tokens, tmp_pat
 
 
 def test_choices_are_logged(params, tokens, tmp_path):
-    best = Best((OSAQ(eta=300.0), OSAQ(eta=1e4)))
+    best = Best((MagR(alpha=1e-2, iterations=20), MagR(alpha=1e-4, iterations=20)))
     quantize_model(MemorySource(params), chain(best, RTN(), grid=GRID), tokens, tmp_path / "q")
     rows, _ = read_rows(tmp_path / "q")
-    options = ["off", "OSAQ (soft, eta 300)", "OSAQ (soft, eta 10000)"]
+    options = ["off", "MagR (alpha 0.01)", "MagR (alpha 0.0001)"]
     assert all(row["choice"] in options for row in rows)
     assert any(row["choice"] != "off" for row in rows)
 

@@ -157,7 +157,7 @@ def test_vmap_equals_a_loop_with_mixed_attempts():
     np.testing.assert_allclose(batched.upper, loop.upper, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("n", [255, 256, 600, 2049])
+@pytest.mark.parametrize("n", [255, 256, 1100])
 def test_panels_give_the_factor_of_the_whole(n):
     h = second_moments(n, 2 * n) / n + 0.1 * np.eye(n)
     a = np.asarray(upper_cholesky(jnp.asarray(h)), np.float64)
