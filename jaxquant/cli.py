@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,6 @@ import typer
 from jaxquant.errors import JaxquantError, UsageError
 
 if TYPE_CHECKING:
-    from jaxquant.plan import Plan
     from jaxquant.recipe import Recipe
     from jaxquant.report import ProgressTable
 
@@ -115,9 +113,9 @@ def quantize(
 
     The folder holds packed weights, tokenizer, recipe, log and report.html.
     A killed run goes on with the same command and --resume, to the same
-    bits. Both recipes search the clip of each range; gptq also takes inputs
-    in order of activation, with static groups. Flags turn each off. With
-    --json every event is one JSON line.
+    bits. Every recipe searches the clip of each range; gptq, alone or in
+    another, also takes inputs in order of activation, with static groups.
+    Flags turn each off. With --json every event is one JSON line.
     """
     from jaxquant.quant import Grid
     from jaxquant.recipe import GPTQ, named, read_toml
@@ -128,8 +126,6 @@ def quantize(
     else:
         if not symmetric:
             _refuse(context, ("convention",), "an asymmetric grid")
-        if recipe == "rtn":
-            _refuse(context, _GPTQ_FLAGS, "--recipe rtn")
         grid = Grid(
             bits=bits,
             group_size=group_size or None,
@@ -139,6 +135,8 @@ def quantize(
         )
         stage = GPTQ(act_order=act_order, groups=groups, percdamp=percdamp)  # pyright: ignore[reportArgumentType]
         chosen = named(recipe, grid, gptq=stage, true_sequential=true_sequential)
+        if stage not in chosen.stages:
+            _refuse(context, _GPTQ_FLAGS, f"--recipe {recipe}")
     _quantize(
         model,
         chosen,
@@ -180,12 +178,13 @@ def evaluate(
     usually is. KL is KL(reference || model) in nats per token.
     """
     from jaxquant import jobs
+    from jaxquant.report import terminal
 
-    with _bar("evaluating") as progress:
+    with terminal.bar("evaluating") as progress:
         result = jobs.evaluate(
             model, text=text, seqlen=seqlen, limit=windows, against=against, progress=progress
         )
-    (_print_json if as_json else _print_evaluation)(result)
+    (_print_json if as_json else terminal.print_evaluation)(result)
 
 
 @app.command()
@@ -230,21 +229,13 @@ def inspect(
       jaxquant inspect q4 --json | jq .effective_bits
     """
     from jaxquant import jobs
+    from jaxquant.report import terminal
 
     result = jobs.inspect(folder)
     if as_json:
         _print_json(result)
         return
-    bits = "no" if result["effective_bits"] is None else f"{result['effective_bits']:.3f}"
-    print(f"{result['model']}: {result['recipe']}")
-    print(
-        f"{len(result['modules'])} quantized linears, {bits} effective bits, "
-        f"{result['bytes'] / 1e6:.2f} MB packed, {result['disk_bytes'] / 1e6:.2f} MB with embeddings, norms"
-    )
-    print(f"{result['state']}: {result['blocks']} of {result['blocks_total']} blocks")
-    for row in result["modules"]:
-        shape = "x".join(map(str, row["shape"]))
-        print(f"{row['module']:24} {shape:>11}  error {row['error']:.3e}  (RTN {row['error_rtn']:.3e})")
+    terminal.print_inspection(result)
 
 
 @app.command()
@@ -271,16 +262,17 @@ def demo(
     from jaxquant.io import load_model
     from jaxquant.quant import Grid
     from jaxquant.recipe import named
+    from jaxquant.report import terminal
 
     out = out or Path(f"jaxquant-demo-{Path(model).name}-w{bits}")
     recipe = named("gptq", Grid(bits=bits, group_size=group_size or None, clip="mse"))
     _quantize(model, recipe, out, "corpus", 16, 512, 0, resume=True, dry_run=False, as_json=False)
     print("\nOn text that was not used for calibration:")
-    with _bar("evaluating") as progress:
+    with terminal.bar("evaluating") as progress:
         result = jobs.evaluate(
             str(out), text="corpus:evaluation", seqlen=512, limit=None, against=model, progress=progress
         )
-    _print_evaluation(result)
+    terminal.print_evaluation(result)
     jobs.report(out, evaluation=result)
     prompt = "The old lighthouse keeper"
     for name in (model, str(out)):
@@ -314,7 +306,7 @@ def _quantize(
     from jaxquant import jobs
     from jaxquant.io import checkpoint, open_model
     from jaxquant.plan import plan
-    from jaxquant.report import ProgressTable
+    from jaxquant.report import ProgressTable, terminal
 
     source = open_model(model)
     if not resume:
@@ -324,7 +316,7 @@ def _quantize(
     if as_json:
         _print_line({"event": "plan", "recipe": str(recipe), **dataclasses.asdict(estimate)})
     else:
-        _print_plan(source.name, recipe, estimate)
+        terminal.print_plan(source.name, recipe, estimate)
     if dry_run:
         return
     with contextlib.ExitStack() as stack:
@@ -349,12 +341,7 @@ def _quantize(
             print(f"interrupted; go on with: {shlex.join(['jaxquant', *command, *flag])}", file=sys.stderr)
             raise
     if not as_json:
-        print(
-            f"{out}: {summary['effective_bits']:.3f} effective bits, {summary['disk_bytes'] / 1e6:.1f} MB "
-            f"(original in 16 bits: {summary['source_bytes'] / 1e6:.1f} MB); mean layer error "
-            f"{summary['mean_error']:.2e}, RTN {summary['mean_error_rtn']:.2e}; {summary['seconds']:.0f} s; "
-            f"pictures in {out / 'report.html'}"
-        )
+        terminal.print_summary(out, summary)
 
 
 def _show(table: ProgressTable, linears: int, event: dict[str, Any]) -> None:
@@ -364,44 +351,6 @@ def _show(table: ProgressTable, linears: int, event: dict[str, Any]) -> None:
         table.note(f"loss gradients of the original model: {event['done']} of {event['total']} passes")
     elif event["event"] == "resume":
         table.skip(linears * event["block"] // event["blocks"])
-
-
-@contextlib.contextmanager
-def _bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr while it is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _print_plan(name: str, recipe: Recipe, plan: Plan) -> None:
-    from jaxquant.report.figures import human_bytes
-
-    minutes, seconds = divmod(round(plan.seconds), 60)
-    duration = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-    print(f"{name}: {recipe}")
-    print(
-        f"plan: {plan.linears} linears at {plan.effective_bits:.3f} effective bits; "
-        f"{human_bytes(plan.output_bytes)} on disk ({human_bytes(plan.source_bytes)} in 16 bits), "
-        f"peak memory about {human_bytes(plan.peak_bytes)}, time about {duration}"
-    )
-
-
-def _print_evaluation(result: dict[str, Any]) -> None:
-    where = f"{result['text']}, {result['windows']} windows of {result['seqlen']}, {result['tokens']} tokens"
-    print(f"{result['model']}: perplexity {result['perplexity']:.4f} (nll {result['nll']:.5f}) on {where}")
-    if "kl" in result:
-        print(
-            f"against {result['against']}: its perplexity {result['reference_perplexity']:.4f}; "
-            f"KL {result['kl']:.5f} +- {result['kl_stderr']:.5f} nats per token, "
-            f"same top-1 token {100 * result['top1']:.2f} %"
-        )
 
 
 def _print_json(value: Any) -> None:

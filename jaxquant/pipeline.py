@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.calibrate.collect import batches, block_moments
+from jaxquant.calibrate.collect import batches, block_moments, merge_taps
 from jaxquant.calibrate.fisher import TokenWeights, fisher_weights
-from jaxquant.calibrate.moments import Moments, merge
+from jaxquant.calibrate.moments import Moments
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source
@@ -271,10 +271,8 @@ def _quantize_block(
                 params, config, hidden[samples], sliding=sliding, taps=taps, mask=recipe.mask, weights=own
             )
 
-        moments = plain = collect(~judges if holds_out else slice(None))
-        held_out = collect(judges) if holds_out else {}
-        if holds_out:
-            plain = {tap: merge(moments[tap], held_out[tap]) for tap in taps}
+        seen, held_out = (collect(~judges), collect(judges)) if holds_out else ({}, {})
+        moments = plain = merge_taps(seen, held_out) if holds_out else collect(slice(None))
         for fold in recipe.folds:
             equal_heads = config.num_heads == config.num_kv_heads
             facts = {
@@ -289,9 +287,9 @@ def _quantize_block(
             kernel = params[part][name]["kernel"]
             own = recipe.at(f"blocks.{index}.{path}")
             if holds_out and own.holds_out:
-                problem = Problem.of(kernel, moments[tap], own.grid, held_out=held_out[tap])
+                problem = Problem.of(kernel, seen[tap], own.grid, held_out=held_out[tap])
             else:
-                problem = Problem.of(kernel, plain[tap] if holds_out else moments[tap], own.grid)
+                problem = Problem.of(kernel, moments[tap], own.grid)
             packed, row = _quantize_linear(problem, own, index, path)
             nearest = rtn(original[part][name]["kernel"], plain[tap], own.grid)
             row["error_rtn"] = float(nearest.stats.error)

@@ -171,7 +171,8 @@ class Best(Stage):
 
     Candidates are tried on `columns` columns of the layer with the rest of the chain, and judged against
     `problem.target` on the held-out tokens where there are some: an error on the tokens that the rounding
-    saw over-fits. The whole layer then takes the winner, with all tokens.
+    saw over-fits. The whole layer then takes the winner, with all tokens. What follows in the chain must
+    round columns independently, as all stages here do but a second `Best`.
     """
 
     candidates: tuple[Transform, ...]
@@ -277,7 +278,10 @@ class Refit(Refinement):
 @register("awq")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AWQ(Fold):
-    """Activation-aware scales folded into the previous operation; see `methods.awq.awq`."""
+    """Activation-aware scales folded into the previous operation; see `methods.awq.awq`.
+
+    The objective `"block"` runs a few samples through the block; masks and token weights do not reach it.
+    """
 
     steps: int = 20
     objective: Literal["linear", "block"] = "linear"

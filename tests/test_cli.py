@@ -205,6 +205,7 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(text, tmp_path):
     (["quantize", "tiny", "--out", "OUT", "--calibration", "MISSING"], 1, "MISSING"),
     (["quantize", "tiny", "--out", "OUT", "--convention", "full"], 2, "no effect with an asymmetric grid"),
     (["quantize", "tiny", "--out", "OUT", "--recipe", "rtn", "--no-act-order"], 2, "no effect with"),
+    (["quantize", "tiny", "--out", "OUT", "--recipe", "osaq-rtn", "--percdamp", "0.1"], 2, "no effect with"),
     (["quantize", "tiny", "--out", "OUT", "--recipe", "r.toml", "--bits", "3"], 2, "--bits has no effect"),
     (["quantize", "tiny", "--out", "OUT", "--recipe", "r.toml"], 1, "r.toml: No such file"),
     (["quantize", "small-model", "--out", "OUT"], 2, "give a known name (tiny, smollm2-135m)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import re
@@ -360,6 +361,8 @@ def test_the_plan_scales_with_the_work():
     large = plan(CONFIG, named("gptq", Grid(bits=8, group_size=16)), samples=4000, seqlen=64)
     assert large.peak_bytes > small.peak_bytes
     assert large.output_bytes > small.output_bytes
+    fisher = plan(CONFIG, dataclasses.replace(RECIPE, hessian="fisher"), samples=4, seqlen=16)
+    assert fisher.peak_bytes == small.peak_bytes + 4 * 3 * 64 * 32  # the inputs of three blocks
 
 
 def test_packed_bytes_are_those_that_the_grids_promise(finished):

@@ -236,32 +236,23 @@ def test_json_and_toml_round_trips(recipe, tmp_path):
     assert read_toml(tmp_path / "r.toml") == recipe
 
 
-def test_bad_files_name_the_place(tmp_path):
+@pytest.mark.parametrize(("text", "error", "message"), [
+    (None, InputError, r"r\.toml: No such file"),
+    ("grid = {", InputError, "is no TOML file"),
+    ('stages = [{ stage = "gtpq" }]', UsageError, r"unknown stage 'gtpq'; there are .*gptq"),
+    ('stages = [{ stage = "gptq", damp = 1 }]', UsageError,
+     "gptq: unknown options damp; there are act_order, groups, percdamp"),
+    ('hessian = "fish"\nstages = [{ stage = "rtn" }]', UsageError,
+     "unknown hessian 'fish'; use input or fisher"),
+    ('stages = [{ stage = "best" }]', UsageError, "best: candidates is missing"),
+    ('stages = [{ stage = "rtn" }]\nrules = [{ pattern = "x" }]', UsageError, "rule: recipe is missing"),
+    ("bits = 3", UsageError, "unknown recipe fields bits"),
+])  # fmt: skip
+def test_bad_files_name_the_place(tmp_path, text, error, message):
     path = tmp_path / "r.toml"
-    with pytest.raises(InputError, match=r"r\.toml: No such file"):
-        read_toml(path)
-    path.write_text("grid = {")
-    with pytest.raises(InputError, match="is no TOML file"):
-        read_toml(path)
-    path.write_text('stages = [{ stage = "gtpq" }]')
-    with pytest.raises(UsageError, match=r"unknown stage 'gtpq'; there are .*gptq"):
-        read_toml(path)
-    path.write_text('stages = [{ stage = "gptq", damp = 1 }]')
-    with pytest.raises(
-        UsageError, match=r"gptq: unknown options damp; there are act_order, groups, percdamp"
-    ):
-        read_toml(path)
-    path.write_text('hessian = "fish"\nstages = [{ stage = "rtn" }]')
-    with pytest.raises(UsageError, match="unknown hessian 'fish'; use input or fisher"):
-        read_toml(path)
-    path.write_text('stages = [{ stage = "best" }]')
-    with pytest.raises(UsageError, match="best: candidates is missing"):
-        read_toml(path)
-    path.write_text('stages = [{ stage = "rtn" }]\nrules = [{ pattern = "x" }]')
-    with pytest.raises(UsageError, match="rule: recipe is missing"):
-        read_toml(path)
-    path.write_text("bits = 3")
-    with pytest.raises(UsageError, match="unknown recipe fields bits"):
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(error, match=message):
         read_toml(path)
 
 

@@ -48,12 +48,12 @@ def block_moments(
       mask: tokens left out.
       weights: by tap, of the tokens `[samples, seqlen]` (see `calibrate.fisher`).
     """
-    moments = None
-    for part in batches(hidden):
+
+    def observe_part(part: slice) -> dict[str, Moments]:
         own = None if weights is None else {tap: weights[tap][part] for tap in taps}
-        seen = _observe_block(params, config, hidden[part], own, sliding=sliding, taps=taps, mask=mask)
-        moments = seen if moments is None else {tap: merge(moments[tap], seen[tap]) for tap in taps}
-    assert moments is not None
+        return _observe_block(params, config, hidden[part], own, sliding=sliding, taps=taps, mask=mask)
+
+    moments = functools.reduce(merge_taps, map(observe_part, batches(hidden)))
     return jax.block_until_ready(moments)  # else their time would count as that of the first linear
 
 
@@ -79,12 +79,15 @@ def model_moments(
     Returns:
       By tap `Moments` with a leading layer axis: `second` `[L, n, n]`.
     """
-    moments = None
-    for part in batches(tokens):
-        seen = _observe_model(params, config, jnp.asarray(tokens[part]), taps=taps, mask=mask)
-        moments = seen if moments is None else {tap: merge(moments[tap], seen[tap]) for tap in taps}
-    assert moments is not None
-    return moments
+    parts = (jnp.asarray(tokens[part]) for part in batches(tokens))
+    return functools.reduce(
+        merge_taps, (_observe_model(params, config, part, taps=taps, mask=mask) for part in parts)
+    )
+
+
+def merge_taps(a: Mapping[str, Moments], b: Mapping[str, Moments]) -> dict[str, Moments]:
+    """`merge` of the moments of the same taps."""
+    return {tap: merge(a[tap], b[tap]) for tap in a}
 
 
 def _observe(x: jax.Array, mask: Mask, weights: jax.Array | None = None) -> Moments:

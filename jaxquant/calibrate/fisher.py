@@ -13,10 +13,10 @@ import numpy as np
 
 from jaxquant.calibrate.collect import batches
 from jaxquant.errors import NonFiniteError
-from jaxquant.evaluate.scoring import at_targets, head_only, over_tokens
+from jaxquant.evaluate.scoring import head_only, next_token_nll, over_tokens
 from jaxquant.io.source import Source
 from jaxquant.models.config import LINEARS, ModelConfig
-from jaxquant.models.decoder import block, embed, logits, rms_norm
+from jaxquant.models.decoder import block, embed, rms_norm
 
 TokenWeights = dict[str, np.ndarray]
 
@@ -131,12 +131,7 @@ def _pull_back(
 @functools.partial(jax.jit, static_argnames="config")
 def _loss_gradient(outer: Any, config: ModelConfig, x: jax.Array, tokens: jax.Array) -> jax.Array:
     """Gradient of the summed loss with respect to what leaves the last block, `[B, T, d]`."""
-    head = head_only(outer, config)
-
-    @jax.checkpoint
-    def score(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        scores = logits(head, config, hidden)
-        return jax.nn.logsumexp(scores, axis=-1) - at_targets(scores, targets)
+    score = jax.checkpoint(functools.partial(next_token_nll, head_only(outer, config), config))
 
     def loss(x: jax.Array) -> jax.Array:
         hidden = rms_norm(x[:, :-1], outer["norm"], config)

@@ -64,15 +64,13 @@ def observe(
       weights: >= 0, of the tokens in `second`; mean 1 keeps the scale of the plain sum.
     """
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    count = jnp.asarray(x.shape[0], jnp.int32)
-    if mask is not None:
-        kept = mask.reshape(-1)
-        x = jnp.where(kept[:, None], x, 0)
-        count = jnp.sum(kept, dtype=jnp.int32)
+    kept = jnp.ones(x.shape[0], bool) if mask is None else mask.reshape(-1)
+    x = jnp.where(kept[:, None], x, 0)
+    count = jnp.sum(kept, dtype=jnp.int32)
     max_abs = jnp.max(jnp.abs(x), axis=0, initial=0)
     if weights is not None:
         roots = jnp.sqrt(weights.reshape(-1).astype(jnp.float32))
-        x = x * (roots if mask is None else jnp.where(mask.reshape(-1), roots, 0))[:, None]
+        x = x * jnp.where(kept, roots, 0)[:, None]
     second = jnp.matmul(x.T, x, precision="highest")
     return Moments(second=second, count=count, max_abs=max_abs)
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from jaxquant.evaluate.scoring import (
     Progress,
-    at_targets,
     check_windows,
     head_only,
     mean_and_stderr,
+    next_token_nll,
     over_tokens,
 )
 from jaxquant.models import decoder
@@ -77,10 +77,5 @@ def perplexity(
 def token_nll(params: dict[str, Any], config: ModelConfig, window: jax.Array) -> jax.Array:
     """`-log p(window[t] | window[:t])` for `t = 1 .. T - 1`: float32 `[T - 1]` from int32 `[T]`."""
     hidden, _ = decoder.final_hidden(params, config, window[None])
-    head = head_only(params, config)
-
-    def score(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = decoder.logits(head, config, hidden)
-        return jax.nn.logsumexp(logits, axis=-1) - at_targets(logits, targets)
-
+    score = functools.partial(next_token_nll, head_only(params, config), config)
     return over_tokens(score, config.vocab_size, hidden[0, :-1], jnp.asarray(window)[1:])

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from jaxquant.errors import InputError, NonFiniteError
+from jaxquant.models import decoder
 from jaxquant.models.config import ModelConfig
 
 # Fewer tokens would read a large head too often, more would push the logits out of the caches.
@@ -57,6 +58,14 @@ def head_only(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
 def at_targets(scores: jax.Array, targets: jax.Array) -> jax.Array:
     """`scores[t, targets[t]]`: `[T]` from `[T, V]` and `[T]`."""
     return jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+
+
+def next_token_nll(
+    head: dict[str, Any], config: ModelConfig, hidden: jax.Array, targets: jax.Array
+) -> jax.Array:
+    """`-log p(target)` in float32, `[T]`, from final activations `[T, d]` and `head_only` parameters."""
+    scores = decoder.logits(head, config, hidden)
+    return jax.nn.logsumexp(scores, axis=-1) - at_targets(scores, targets)
 
 
 def check_windows(windows: np.ndarray, config: ModelConfig) -> np.ndarray:

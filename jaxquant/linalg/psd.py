@@ -67,10 +67,10 @@ def upper_cholesky(h: Float[Array, "n n"]) -> Float[Array, "n n"]:
 def damped_factor(h: Float[Array, "n n"], percdamp: float | Array = 0.01) -> DampedFactor:
     """`upper_cholesky(H + damping * mean(diag H) * I)` with a retry ladder.
 
-    The damping starts at `percdamp` and doubles after each failure, up to `1024 percdamp`, inside
-    `lax.while_loop`: `jnp.linalg.cholesky` signals failure by NaN only, so the last pivot is tested. If every
-    rung fails, the factor of `diag(H)` (floored at its mean) is returned and `fallback` set: GPTQ then rounds
-    to nearest.
+    The damping starts at `percdamp` and doubles after each failure, up to `1024 percdamp`, in a
+    `lax.while_loop` that is entered after the first one: `jnp.linalg.cholesky` signals failure by NaN only,
+    so the last pivot is tested. If every rung fails, the factor of `diag(H)` (floored at its mean) is
+    returned and `fallback` set: GPTQ then rounds to nearest.
 
     Args:
       h: symmetric, float32 or float64, unit free: any positive multiple gives the same result up to scale.
@@ -99,7 +99,7 @@ def damped_factor(h: Float[Array, "n n"], percdamp: float | Array = 0.01) -> Dam
         diagonal = jnp.maximum(jnp.diagonal(usable), mean)
         return jnp.where(fallback, jnp.sqrt(diagonal)[None, :] * eye, upper), damping, attempts, fallback
 
-    # The rule works at once; XLA on CPU would run the products of a loop's body on one core.
+    # As a rule this is all. The ladder would also do it, but its loop keeps copies of H and of the factor.
     upper = upper_cholesky(h + percdamp * mean * jnp.eye(n, dtype=h.dtype))
     upper = jnp.where(finite, upper, jnp.nan)
     upper, damping, attempts, fallback = jax.lax.cond(

@@ -56,7 +56,7 @@ def awq(
       steps: see `awq_scale`.
       apply, inputs: `apply(block_params, inputs)` is the block's output (static; give the same function for
         every block). With both, the exponent is the one with the least error of that output, the linears of
-        one tap rounded at a time, as in the paper; else that of `awq_scale`.
+        one tap rounded at a time, as in the paper, all tokens of `inputs` alike; else that of `awq_scale`.
 
     Returns:
       The parameters, those that changed in float32 (float64 where they or the moments are): Gemma's `1 + w`
@@ -82,7 +82,7 @@ def awq(
         linears = dict(block[part])
         kernels = tuple(linears[name]["kernel"] for name in readers)
         output_error = None if output_of is None else functools.partial(output_of, part, readers)
-        scale, _ = awq_scale(kernels, moments[tap], grid, steps=steps, output_error=output_error)
+        scale, _ = _search(kernels, moments[tap], grid, steps, output_error)
         for name, kernel in zip(readers, kernels, strict=True):
             linears[name] = {**linears[name], "kernel": _wide(kernel, scale) * scale[:, None]}
         if maker in block:
@@ -94,13 +94,9 @@ def awq(
     return block, scaled
 
 
+@functools.partial(jax.jit, static_argnames=("grid", "steps"))
 def awq_scale(
-    weights: tuple[Float[Array, "in _"], ...],
-    moments: Moments,
-    grid: Grid,
-    *,
-    steps: int = 20,
-    output_error: Callable[[Float[Array, "in out"]], Float[Array, ""]] | None = None,
+    weights: tuple[Float[Array, "in _"], ...], moments: Moments, grid: Grid, *, steps: int = 20
 ) -> tuple[Float[Array, " in"], Float[Array, ""]]:
     """The scale of the inputs that linears share, with the least output error of rounding to nearest.
 
@@ -109,42 +105,22 @@ def awq_scale(
 
     a is the magnitude of an input: here its root mean square `sqrt(H_kk)`, from the moments. The paper's code
     takes the mean of |x|, which the moments do not hold; for inputs of one distribution the two differ by a
-    constant, which drops out. It also compares outputs of the whole attention or MLP: give `output_error` for
-    that. r = 0 leaves the weight as it is, so the error is never above that of rounding to nearest.
+    constant, which drops out. It also compares outputs of the whole attention or MLP; `awq` does where it is
+    given `apply`. r = 0 leaves the weight as it is, so the error is never above that of rounding to nearest.
 
     Args:
       weights: kernels `[in, out_i]`, any float dtype; computed in float32, or in float64 where one is.
       moments: of the shared inputs. Those that were always 0 count with the least magnitude of the others.
       grid: static.
       steps: exponents tried.
-      output_error: replaces the error above; maps the rounded weights, side by side, to what is minimized.
 
     Returns:
-      The scale `[in]` and the least error, `sum tr(D^T H D) / sum tr(W^T H W)` or that of `output_error`.
+      The scale `[in]` and `sum tr(D^T H D) / sum tr(W^T H W)`.
 
     Raises:
       UsageError: the group size does not divide `in`, or `steps` is not positive.
     """
-    if steps < 1:
-        raise UsageError(f"steps={steps} is not positive; the paper's code takes 20")
-    dtype = working_dtype(*(w.dtype for w in weights), moments.second.dtype)
-    # The grid belongs to columns, so linears that share inputs are one wide linear.
-    w = jnp.concatenate([w.astype(dtype) for w in weights], axis=1)
-    h = moments.second.astype(dtype)
-    magnitude = jnp.sqrt(jnp.diagonal(h) / jnp.maximum(moments.count, 1).astype(dtype))
-    live = magnitude > 0
-    least = jnp.min(magnitude, where=live, initial=jnp.inf)
-    magnitude = jnp.where(live, magnitude, jnp.where(jnp.any(live), least, 1))
-
-    def attempt(exponent: Array) -> tuple[Array, Array]:
-        scale = jnp.maximum(magnitude**exponent, _SMALLEST_SCALE)
-        scale = scale / jnp.sqrt(jnp.max(scale) * jnp.min(scale))
-        rounded = grid.fake_quantize(w * scale[:, None]) / scale[:, None]
-        return scale, layer_error(rounded, w, h) if output_error is None else output_error(rounded)
-
-    scales, errors = jax.lax.map(attempt, jnp.arange(steps, dtype=dtype) / steps)
-    best = jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))
-    return scales[best], errors[best]
+    return _search(weights, moments, grid, steps, None)
 
 
 def divide_norm(
@@ -165,6 +141,36 @@ def divide_moments(moments: Moments, scale: Float[Array, " n"]) -> Moments:
     scale = scale.astype(moments.second.dtype)
     second = moments.second / scale[:, None] / scale[None, :]
     return dataclasses.replace(moments, second=second, max_abs=moments.max_abs / scale)
+
+
+def _search(
+    weights: tuple[Array, ...],
+    moments: Moments,
+    grid: Grid,
+    steps: int,
+    output_error: Callable[[Array], Array] | None,
+) -> tuple[Array, Array]:
+    """`awq_scale`; `output_error` maps rounded weights, side by side, to what is minimized instead."""
+    if steps < 1:
+        raise UsageError(f"steps={steps} is not positive; the paper's code takes 20")
+    dtype = working_dtype(*(w.dtype for w in weights), moments.second.dtype)
+    # The grid belongs to columns, so linears that share inputs are one wide linear.
+    w = jnp.concatenate([w.astype(dtype) for w in weights], axis=1)
+    h = moments.second.astype(dtype)
+    magnitude = jnp.sqrt(jnp.diagonal(h) / jnp.maximum(moments.count, 1).astype(dtype))
+    live = magnitude > 0
+    least = jnp.min(magnitude, where=live, initial=jnp.inf)
+    magnitude = jnp.where(live, magnitude, jnp.where(jnp.any(live), least, 1))
+
+    def attempt(exponent: Array) -> tuple[Array, Array]:
+        scale = jnp.maximum(magnitude**exponent, _SMALLEST_SCALE)
+        scale = scale / jnp.sqrt(jnp.max(scale) * jnp.min(scale))
+        rounded = grid.fake_quantize(w * scale[:, None]) / scale[:, None]
+        return scale, layer_error(rounded, w, h) if output_error is None else output_error(rounded)
+
+    scales, errors = jax.lax.map(attempt, jnp.arange(steps, dtype=dtype) / steps)
+    best = jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))
+    return scales[best], errors[best]
 
 
 def _output_error(

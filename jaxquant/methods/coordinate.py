@@ -12,7 +12,6 @@ from jaxtyping import Array
 from jaxquant.errors import UsageError
 from jaxquant.methods.problem import Problem
 from jaxquant.methods.rounded import Rounded, layer_error
-from jaxquant.quant import working_dtype
 
 _BLOCK = 128
 # Rows that change one by one; their changes stay in the cache of a core.
@@ -50,10 +49,8 @@ def coordinate_descent(problem: Problem, rounded: Rounded, *, sweeps: int = 4) -
     if sweeps < 0:
         raise UsageError(f"sweeps={sweeps} is negative; use 0 to keep the codes, 2 to 4 to refine them")
     grid, order = rounded.grid, rounded.order
-    dtype = working_dtype(problem.target.dtype, problem.moments.second.dtype)
-    w, h = problem.target.astype(dtype), problem.moments.second.astype(dtype)
-    if order is not None:
-        w, h = w[order], h[order][:, order]
+    w, h = problem.in_order(order)
+    dtype = w.dtype
     rows, columns = w.shape
     group_rows = rows // grid.groups(rows)
     one_group = dataclasses.replace(grid, group_size=None)

@@ -59,15 +59,16 @@ def gptq(
         `"dynamic"`: a grid is fitted when its group is reached, to the weights as updated by then. With
         `act_order` dynamic groups lie in processing order and the result carries `order`.
       percdamp: damping in units of `mean(diag H)`, doubled on failure (see `linalg.psd`).
-      fixed: a former rounding whose static grids are kept instead of fitting new ones.
       block: rows per lazy update with static groups; with dynamic groups a block is a group.
+      fixed: a former rounding whose static grids are kept instead of fitting new ones.
 
     Returns:
       `Rounded`; `stats.finite` is false where the weight or `H` held NaN or infinity, and the codes are
       then meaningless.
 
     Raises:
-      UsageError: the group size does not divide `in`, or `groups` is neither word.
+      UsageError: the group size does not divide `in`, `groups` is neither word, or `fixed` meets dynamic
+        groups.
     """
     if groups not in get_args(Groups):
         raise UsageError(f"unknown groups {groups!r}; use {' or '.join(get_args(Groups))}")

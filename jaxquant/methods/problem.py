@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxquant.calibrate.moments import Moments
-from jaxquant.quant import Grid
+from jaxquant.quant import Grid, working_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +33,17 @@ class Problem:
     moments: Moments
     held_out: Moments | None
     grid: Grid = dataclasses.field(metadata={"static": True})
+
+    def in_order(
+        self, order: Int[Array, " in"] | None
+    ) -> tuple[Float[Array, "in out"], Float[Array, "in in"]]:
+        """`target` and `moments.second` of one layer, inputs in `order` if there is one.
+
+        In float32, or in float64 where either is.
+        """
+        dtype = working_dtype(self.target.dtype, self.moments.second.dtype)
+        w, h = self.target.astype(dtype), self.moments.second.astype(dtype)
+        return (w, h) if order is None else (w[order], h[order][:, order])
 
     @classmethod
     def of(

@@ -12,7 +12,6 @@ from jaxtyping import Array
 from jaxquant.linalg import conjugate_gradients
 from jaxquant.methods.problem import Problem
 from jaxquant.methods.rounded import Rounded, layer_error, output_energy, relative_energy
-from jaxquant.quant import working_dtype
 
 # Share of its own diagonal that is added to every system: integers can make its columns dependent.
 _RIDGE = 1e-3
@@ -44,10 +43,8 @@ def refit_grid(problem: Problem, rounded: Rounded, *, integer_zero: bool = False
       `rounded` with other scales and zeros and its error against `problem.target`.
     """
     grid, order = rounded.grid, rounded.order
-    dtype = working_dtype(problem.target.dtype, problem.moments.second.dtype)
-    w, h = problem.target.astype(dtype), problem.moments.second.astype(dtype)
-    if order is not None:
-        w, h = w[order], h[order][:, order]
+    w, h = problem.in_order(order)
+    dtype = w.dtype
     rows, columns = w.shape
     groups = grid.groups(rows)
     length = rows // groups
@@ -103,8 +100,7 @@ def refit_grid(problem: Problem, rounded: Rounded, *, integer_zero: bool = False
         new_zero = jnp.where(usable, shifted, zero).astype(rounded.zero.dtype)
 
     def errors(scale: Array, zero: Array | None) -> Array:
-        d = grid.dequantize(rounded.codes, scale, zero, dtype) - w
-        return jnp.sum(d * _product(h, d), axis=0)
+        return _column_energies(grid.dequantize(rounded.codes, scale, zero, dtype) - w, h)
 
     better = errors(new_scale, new_zero) < errors(rounded.scale, rounded.zero)
     new_scale = jnp.where(better[None, :], new_scale, rounded.scale)
@@ -118,14 +114,8 @@ def refit_grid(problem: Problem, rounded: Rounded, *, integer_zero: bool = False
 @jax.jit
 def better_columns(problem: Problem, a: Rounded, b: Rounded) -> Rounded:
     """Of two roundings on one kind of grid, column by column the one with less error; statistics of `b`."""
-    dtype = working_dtype(problem.target.dtype, problem.moments.second.dtype)
-    w, h = problem.target.astype(dtype), problem.moments.second.astype(dtype)
-
-    def errors(rounded: Rounded) -> Array:
-        d = rounded.pack().dequantize(dtype) - w
-        return jnp.sum(d * _product(h, d), axis=0)
-
-    first, second = errors(a), errors(b)
+    w, h = problem.in_order(None)
+    first, second = (_column_energies(r.pack().dequantize(w.dtype) - w, h) for r in (a, b))
     less = (first < second)[None, :]
     zero = None if a.zero is None or b.zero is None else jnp.where(less, a.zero, b.zero)
     error = relative_energy(jnp.sum(jnp.minimum(first, second)), output_energy(w, h))
@@ -136,6 +126,11 @@ def better_columns(problem: Problem, a: Rounded, b: Rounded) -> Rounded:
         zero=zero,
         stats=dataclasses.replace(b.stats, error=error),
     )
+
+
+def _column_energies(d: Array, h: Array) -> Array:
+    """`d_i^T H d_i` of every column."""
+    return jnp.sum(d * _product(h, d), axis=0)
 
 
 def _product(a: Array, b: Array) -> Array:

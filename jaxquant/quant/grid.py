@@ -203,10 +203,12 @@ class Grid:
 
             def add(errors: list[Array], part: Array) -> tuple[list[Array], None]:
                 # A reduction over rows would run column by column; written out, whole rows are added up.
-                for i, zero in enumerate(shifted):
+                def total(error: Array, zero: Array) -> Array:
                     for row in part:
-                        errors[i] += jnp.square((self._encode(row, scale, zero) - zero) * scale - row)
-                return errors, None
+                        error += jnp.square((self._encode(row, scale, zero) - zero) * scale - row)
+                    return error
+
+                return list(map(total, errors, shifted)), None
 
             errors, _ = jax.lax.scan(add, [jnp.zeros_like(lo)] * len(shifts), rows)
             for candidate, zero in zip(errors, shifted, strict=True):

@@ -1,0 +1,77 @@
+"""What the commands print for people: the plan, progress, results."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxquant.report.figures import human_bytes
+
+if TYPE_CHECKING:
+    from jaxquant.plan import Plan
+    from jaxquant.recipe import Recipe
+
+
+@contextlib.contextmanager
+def bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on stderr while it is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def print_plan(name: str, recipe: Recipe, plan: Plan) -> None:
+    """What will run and what it will take."""
+    minutes, seconds = divmod(round(plan.seconds), 60)
+    duration = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    print(f"{name}: {recipe}")
+    print(
+        f"plan: {plan.linears} linears at {plan.effective_bits:.3f} effective bits; "
+        f"{human_bytes(plan.output_bytes)} on disk ({human_bytes(plan.source_bytes)} in 16 bits), "
+        f"peak memory about {human_bytes(plan.peak_bytes)}, time about {duration}"
+    )
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    """The result of `jobs.evaluate`."""
+    where = f"{result['text']}, {result['windows']} windows of {result['seqlen']}, {result['tokens']} tokens"
+    print(f"{result['model']}: perplexity {result['perplexity']:.4f} (nll {result['nll']:.5f}) on {where}")
+    if "kl" in result:
+        print(
+            f"against {result['against']}: its perplexity {result['reference_perplexity']:.4f}; "
+            f"KL {result['kl']:.5f} +- {result['kl_stderr']:.5f} nats per token, "
+            f"same top-1 token {100 * result['top1']:.2f} %"
+        )
+
+
+def print_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """What a run left in `folder`, from the summary of `quantize_model`."""
+    print(
+        f"{folder}: {summary['effective_bits']:.3f} effective bits, {summary['disk_bytes'] / 1e6:.1f} MB "
+        f"(original in 16 bits: {summary['source_bytes'] / 1e6:.1f} MB); mean layer error "
+        f"{summary['mean_error']:.2e}, RTN {summary['mean_error_rtn']:.2e}; {summary['seconds']:.0f} s; "
+        f"pictures in {folder / 'report.html'}"
+    )
+
+
+def print_inspection(result: dict[str, Any]) -> None:
+    """The result of `jobs.inspect`."""
+    bits = "no" if result["effective_bits"] is None else f"{result['effective_bits']:.3f}"
+    print(f"{result['model']}: {result['recipe']}")
+    print(
+        f"{len(result['modules'])} quantized linears, {bits} effective bits, "
+        f"{result['bytes'] / 1e6:.2f} MB packed, {result['disk_bytes'] / 1e6:.2f} MB with embeddings, norms"
+    )
+    print(f"{result['state']}: {result['blocks']} of {result['blocks_total']} blocks")
+    for row in result["modules"]:
+        shape = "x".join(map(str, row["shape"]))
+        print(f"{row['module']:24} {shape:>11}  error {row['error']:.3e}  (RTN {row['error_rtn']:.3e})")
