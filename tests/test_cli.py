@@ -127,30 +127,35 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run, tmp_path):
     assert not (tmp_path / "q").exists()
 
 
+def stopped_at_block_1(sent: signal.Signals, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a child that sends itself the signal when block 1 is solved and not yet saved."""
+    # Where the tests run in the background of a shell, SIGINT is ignored and children inherit that.
+    code = f"""
+import os, signal
+from jaxquant import cli
+from jaxquant.io import checkpoint
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+save = checkpoint.save_block
+
+def save_unless_stopped(folder, index, params, record):
+    if index == 1:
+        os.kill(os.getpid(), {int(sent)})
+    save(folder, index, params, record)
+
+checkpoint.save_block = save_unless_stopped
+cli.main()
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+
+
 def test_a_killed_run_resumes_to_the_same_bits(quantized, text, tmp_path, run):
     folder = tmp_path / "killed"
-    arguments = [
-        "quantize",
-        "tiny",
-        "--recipe",
-        "gptq",
-        *SMALL,
-        "--calibration",
-        str(text),
-        "--out",
-        str(folder),
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jaxquant.cli", *arguments, "--json"], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        event = json.loads(line)
-        if event["event"] == "row" and event["module"] == "blocks.1.attn.v":
-            process.kill()
-            break
-    process.stdout.close()
-    process.wait()
+    arguments = ["quantize", "tiny", "--recipe", "gptq", *SMALL]
+    arguments += ["--calibration", str(text), "--out", str(folder)]
+    assert stopped_at_block_1(signal.SIGKILL, arguments).returncode == -signal.SIGKILL
     assert checkpoint.finished_blocks(folder) == 1
 
     code, _, err = run(*arguments)
@@ -173,25 +178,11 @@ def test_a_killed_run_resumes_to_the_same_bits(quantized, text, tmp_path, run):
 
 def test_ctrl_c_exits_130_and_says_how_to_go_on(text, tmp_path):
     folder = tmp_path / "interrupted"
-    arguments = ["quantize", "tiny", *SMALL, "--calibration", str(text), "--out", str(folder)]
-    # Where the tests run in the background of a shell, SIGINT is ignored and children inherit that.
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from jaxquant.cli import main; main()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments, "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if json.loads(line)["event"] == "row":
-            process.send_signal(signal.SIGINT)
-            break
-    _, err = process.communicate()
-    assert process.returncode == 130
-    assert f"--out {folder} --json --resume" in err
-    assert checkpoint.is_checkpoint(folder)
+    arguments = ["quantize", "tiny", *SMALL, "--calibration", str(text), "--out", str(folder), "--json"]
+    result = stopped_at_block_1(signal.SIGINT, arguments)
+    assert result.returncode == 130
+    assert f"--out {folder} --json --resume" in result.stderr
+    assert checkpoint.finished_blocks(folder) == 1
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
