@@ -253,7 +253,7 @@ def by_path(rules: Mapping[str, Recipe], default: Recipe) -> Recipe:
 def _osaq(bits: int) -> Best:
     """Each bit divides the rounding error by about 4, and the price of output energy goes with it."""
     eta = {1: 100.0, 2: 300.0, 3: 1e3}.get(bits, 3e3)
-    return Best((OSAQ(eta=eta), OSAQ(eta=3 * eta)))
+    return Best((OSAQ(eta=eta),))
 
 
 #: Named recipes: their stages, given the GPTQ stage and the bits.

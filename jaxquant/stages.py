@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -169,10 +168,10 @@ class OSAQ(Transform):
 class Best(Stage):
     """The transform among `candidates`, or none, that leaves the least error after rounding.
 
-    Candidates are tried on `columns` columns of the layer with the rest of the chain, and judged against
-    `problem.target` on the held-out tokens where there are some: an error on the tokens that the rounding
-    saw over-fits. The whole layer then takes the winner, with all tokens. What follows in the chain must
-    round columns independently, as all stages here do but a second `Best`.
+    The results are tried on `columns` columns of the layer with the rest of the chain, and judged against
+    `problem.target` on the held-out tokens where there are some: an error on the tokens that the transform
+    and the rounding saw over-fits. The rest of the chain then rounds the winner with all tokens. What follows
+    must round columns independently, as all stages here do but a second `Best`.
     """
 
     candidates: tuple[Transform, ...]
@@ -187,28 +186,23 @@ class Best(Stage):
         # Some transforms answer a half-precision weight in float32.
         dtype = working_dtype(problem.weight.dtype, problem.moments.second.dtype)
         judge = problem.moments if problem.held_out is None else problem.held_out
+        problem = dataclasses.replace(problem, weight=problem.weight.astype(dtype), held_out=None)
+        weights = [problem.weight, *(option(problem).weight.astype(dtype) for option in self.candidates)]
         width = problem.weight.shape[-1]
-        chosen = jnp.arange(0, width, max(1, width // self.columns))[: self.columns]
-        target = problem.target[:, chosen].astype(dtype)
-        trial = dataclasses.replace(
-            problem, weight=problem.weight[:, chosen].astype(dtype), target=target, held_out=None
-        )
-        options: tuple[Callable[[Problem], Problem], ...] = (lambda p: p, *self.candidates)
+        tried = jnp.arange(0, width, max(1, width // self.columns))[: self.columns]
+        target = problem.target[:, tried].astype(dtype)
         # Columns are rounded independently, so all candidates are rounded as one layer, side by side.
-        beside = jnp.concatenate([option(trial).weight.astype(dtype) for option in options], axis=1)
-        targets = jnp.tile(target, (1, len(options)))
-        values = then(dataclasses.replace(trial, weight=beside, target=targets)).pack().dequantize(dtype)
-        second = judge.second.astype(dtype)
-        errors = jnp.stack(
-            [layer_error(part, target, second) for part in jnp.split(values, len(options), axis=1)]
+        trial = dataclasses.replace(
+            problem,
+            weight=jnp.concatenate([weight[:, tried] for weight in weights], axis=1),
+            target=jnp.tile(target, (1, len(weights))),
         )
-        if problem.held_out is not None:
-            problem = dataclasses.replace(problem, moments=merge(problem.moments, judge), held_out=None)
+        values = jnp.split(then(trial).pack().dequantize(dtype), len(weights), axis=1)
+        errors = jnp.stack([layer_error(part, target, judge.second.astype(dtype)) for part in values])
         # NaN would count as the least.
         choice = jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))
-        problem = dataclasses.replace(problem, weight=problem.weight.astype(dtype))
-        finalists = [lambda p, option=option: option(p).weight.astype(dtype) for option in options]
-        return dataclasses.replace(problem, weight=jax.lax.switch(choice, finalists, problem)), choice
+        moments = problem.moments if judge is problem.moments else merge(problem.moments, judge)
+        return dataclasses.replace(problem, weight=jnp.stack(weights)[choice], moments=moments), choice
 
     def __str__(self) -> str:
         return f"best of (off, {', '.join(map(str, self.candidates))})"

@@ -180,8 +180,7 @@ def soft_from_factor(
     usable, damping, trace = _inside(factor)
     mean = _deflated(trace, lambda v: _energy_of(factor.upper, v, damping), n, deflate, damping.dtype)
     eta = jnp.asarray(mu, damping.dtype) * mean / damping
-    inverse = factor.inverse
-    g = jnp.matmul(inverse.T, inverse, precision="highest") * (mean / eta)
+    g = factor.damped_inverse * (mean / eta)
     return anti_shift(jnp.where(usable, g, 0), mu2), eta
 
 
@@ -267,8 +266,7 @@ def intersect(
 def _resolvent(h: Array, eta: Array, mu: Array) -> Array:
     mean = eta * jnp.trace(h) / h.shape[0]
     factor = damped_factor(eta * h, mu / jnp.where(mean > 0, mean, 1))
-    inverse = factor.inverse
-    return jnp.where(factor.fallback, 0, jnp.matmul(inverse.T, inverse, precision="highest"))
+    return jnp.where(factor.fallback, 0, factor.damped_inverse)
 
 
 @_resolvent.defjvp

@@ -37,6 +37,11 @@ class DampedFactor:
         """GPTQ's factor: upper triangular `U = A^-1`, `(H + damping mean(diag H) I)^-1 = U^T U`."""
         return _inverse(self.upper)
 
+    @property
+    def damped_inverse(self) -> Float[Array, "n n"]:
+        """`(H + damping mean(diag H) I)^-1`, symmetric to the last bit."""
+        return _gram(self.inverse)
+
 
 def upper_cholesky(h: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """Upper `A` with `H = A A^T`: the Cholesky factor of the flipped matrix, flipped back.
@@ -120,6 +125,18 @@ def _inverse(a: Array) -> Array:
     first, last = _inverse(a[:middle, :middle]), _inverse(a[middle:, middle:])
     above = jnp.matmul(first, jnp.matmul(a[:middle, middle:], last, precision="highest"), precision="highest")
     return jnp.block([[first, -above], [jnp.zeros_like(above.T), last]])
+
+
+def _gram(u: Array) -> Array:
+    """`U^T U` of an upper triangular matrix: a third of the work of the plain product."""
+    n = u.shape[0]
+    if n <= _PANEL_ROWS:
+        return jnp.matmul(u.T, u, precision="highest")
+    middle = n // 2
+    first, above, last = u[:middle, :middle], u[:middle, middle:], u[middle:, middle:]
+    corner = jnp.matmul(first.T, above, precision="highest")
+    rest = jnp.matmul(above.T, above, precision="highest") + _gram(last)
+    return jnp.block([[_gram(first), corner], [corner.T, rest]])
 
 
 def _flipped_cholesky(h: Array) -> Array:

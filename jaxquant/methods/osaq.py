@@ -28,6 +28,8 @@ _CHUNK = 2**18
 _DENSE = 4
 # The line search scales the step anyway, so its third digit does not matter.
 _ROUGH = 1e-3
+# Without a given support the weights of at least this share of their group's largest pull.
+_NEAR = 0.7
 # Lawson: what vanishes never returns, so a little of the uniform weights is mixed in now and then.
 _MIX, _MIX_EVERY = 1e-3, 5
 
@@ -187,23 +189,28 @@ def osaq_delta(
     `hi - lo` with 0 included, as `grid` fits it without a clip search; in groups the least range around
     c, which bounds that and asks for smaller steps. s is `softmax_infinity(w - c)` and the weights are
     pulled to c: the middle of the range in the groups of an asymmetric grid, else 0; in a whole column
-    one outlier moves the middle so far that all weights on the other side are pulled along with it. With
-    `steps` > 1 Lawson's iteration, `s <- s |w - c + delta(s)|`, mean 1 in each group, goes on towards the
-    least maximum and the best iterate counts; softmax anew at each step would oscillate.
+    one outlier moves the middle so far that all weights on the other side are pulled along with it.
+
+    Without a `support` the weights within 70 % of the largest of their group pull, each as if it were alone,
+
+        delta = -G z,   z_j = s_j (w_j - c_j) / (1 + s_j G_jj)
+
+    one product with G where `osaq_top` solves a system; the line search makes up for the difference. With a
+    `support` the step is that of `osaq_top`.
+
+    With `steps` > 1 Lawson's iteration, `s <- s |w - c + delta(s)|`, mean 1 in each group, goes on towards
+    the least maximum and the best iterate counts; softmax anew at each step would oscillate.
 
     Args:
       weight: `[in, out]`, float32 or float64.
       g: as in `osaq_kernel`; factor it once for linears that share their inputs.
       grid: gives the groups and the symmetry.
       tau: temperature, > 0.
-      support: entries per group that pull; `None` is 16, or `clip(in / 16, 64, 512)` where a column is one
-        group.
+      support: entries per group that pull together; `None` as above.
       steps: solves, >= 1.
     """
     rows = weight.shape[0]
     groups = grid.groups(rows)
-    if support is None:
-        support = min(max(rows // 16, 64), 512) if groups == 1 else 16
 
     def reach(w: Array) -> tuple[Array, Array]:
         """Ends of the ranges, `[groups, out]`."""
@@ -222,6 +229,9 @@ def osaq_delta(
     peaks = weight - jnp.repeat(middle, rows // groups, axis=0)
 
     def solve(s: Array) -> Array:
+        if support is None:
+            z = s * peaks / (1 + s * jnp.diagonal(g)[:, None])
+            return -jnp.matmul(g, z, precision="highest")
         tolerance = _ROUGH if s.dtype == jnp.float32 else None
         return osaq_top(peaks, g, s, support=support, groups=groups, tolerance=tolerance)
 
@@ -237,6 +247,10 @@ def osaq_delta(
         return (s, delta, best), None
 
     s = softmax_infinity(peaks, tau=tau, groups=groups)
+    if support is None:
+        sizes = jnp.abs(peaks).reshape(groups, -1, weight.shape[1])
+        near = sizes >= _NEAR * jnp.max(sizes, axis=1, keepdims=True)
+        s = jnp.where(near.reshape(s.shape), s, 0)
     delta = solve(s)
     if steps > 1:
         (_, _, delta), _ = jax.lax.scan(lawson, (s, delta, delta), jnp.arange(1, steps))
