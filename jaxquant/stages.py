@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -202,7 +203,10 @@ class Best(Stage):
         # NaN would count as the least.
         choice = jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))
         moments = problem.moments if judge is problem.moments else merge(problem.moments, judge)
-        return dataclasses.replace(problem, weight=jnp.stack(weights)[choice], moments=moments), choice
+        weight = functools.reduce(
+            lambda kept, other: jnp.where(choice == other[0], other[1], kept), enumerate(weights), weights[0]
+        )
+        return dataclasses.replace(problem, weight=weight, moments=moments), choice
 
     def __str__(self) -> str:
         return f"best of (off, {', '.join(map(str, self.candidates))})"

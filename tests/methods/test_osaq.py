@@ -160,6 +160,28 @@ def test_groups_are_solved_jointly(double):
         np.testing.assert_allclose(delta[:, i], thetas[np.argmin(values)] * step, atol=1e-9)
 
 
+@pytest.mark.parametrize("grid", [SYMMETRIC, Grid(bits=2, group_size=16)], ids=str)
+def test_without_a_support_weights_near_the_largest_pull_each_for_itself(double, grid):
+    w, h = layer()
+    w = w + 0.5
+    g = np.asarray(soft_null_space(jnp.asarray(h), eta=100.0))
+    delta = np.asarray(osaq_delta(jnp.asarray(w), jnp.asarray(g), grid))
+    assert np.all(np.abs(delta).max(axis=0) > 0)
+    for i in range(M):
+        cells = w[:, i].reshape(grid.groups(N), -1)
+        lo, hi = np.minimum(cells.min(1), 0), np.maximum(cells.max(1), 0)
+        middle = np.zeros_like(lo) if grid.symmetric else (lo + hi) / 2
+        peaks = cells - middle[:, None]
+        size = np.abs(peaks)
+        s = np.exp(size / (0.2 * size.max(1, keepdims=True)))
+        s = np.where(size >= 0.7 * size.max(1, keepdims=True), s / s.mean(1, keepdims=True), 0).ravel()
+        step = -g @ (s * peaks.ravel() / (1 + s * np.diag(g)))
+        moved = [cells + theta * step.reshape(cells.shape) for theta in np.linspace(0, 1, 11)]
+        reach = [np.abs(cell - middle[:, None]).max(1) for cell in moved]
+        best = np.argmin(np.sum(np.square(reach), axis=1))
+        np.testing.assert_allclose(delta[:, i], moved[best].ravel() - w[:, i], atol=1e-12)
+
+
 @pytest.mark.parametrize("gamma", [0.01, 0.1])
 def test_hard_stays_in_its_space_and_within_its_bounds(double, gamma):
     w, h = layer(96)
