@@ -31,6 +31,13 @@ def _find_shared() -> Path | None:
     return next((Path(c) for c in candidates if c and Path(c).is_dir()), None)
 
 
+def pytest_configure(config):
+    """Fast tests are many small programs and compiling is most of their time; -m "" optimizes all."""
+    if config.option.markexpr == "not slow":
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the commands that tests start
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file stays on one worker: its tests share fixtures and compiled functions."""

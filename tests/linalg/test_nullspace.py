@@ -22,14 +22,6 @@ soft = jax.jit(soft_null_space, static_argnames="deflate")
 tail = jax.jit(tail_null_space, static_argnames=("rank", "steps", "deflate"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Small matrices, many programs: compiling them takes all the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def massive(h: np.ndarray, size: float = 1e3, seed: int = 9) -> np.ndarray:
     v = np.random.default_rng(seed).standard_normal(len(h))
     return h + size * np.outer(v, v) / (v @ v)

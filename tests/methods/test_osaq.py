@@ -28,14 +28,6 @@ N, M = 48, 6
 SYMMETRIC = Grid(bits=3, symmetric=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Small matrices, many programs: compiling them takes all the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def double():
     with jax.enable_x64(True):
