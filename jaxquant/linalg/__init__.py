@@ -1,6 +1,13 @@
 """Numerics that the methods share."""
 
 from jaxquant.linalg.cg import conjugate_gradients
+from jaxquant.linalg.hadamard import (
+    base_order,
+    hadamard,
+    hadamard_transform,
+    random_hadamard,
+    random_orthogonal,
+)
 from jaxquant.linalg.nullspace import (
     HardNullSpace,
     Stability,
@@ -20,11 +27,16 @@ __all__ = [
     "HardNullSpace",
     "Stability",
     "anti_shift",
+    "base_order",
     "conjugate_gradients",
     "damped_factor",
     "deflated_mean",
+    "hadamard",
+    "hadamard_transform",
     "hard_null_space",
     "intersect",
+    "random_hadamard",
+    "random_orthogonal",
     "soft_from_factor",
     "soft_null_space",
     "subspace_stability",
