@@ -23,7 +23,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # for small_model
+# Helper modules: small_model; tiny_families, which make_golden.py shares and runs as a script.
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "parity")]
 
 
 def _find_shared() -> Path | None:

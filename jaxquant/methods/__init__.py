@@ -7,17 +7,20 @@ from jaxquant.methods.magr import linf_prox, magr
 from jaxquant.methods.osaq import osaq, osaq_delta, osaq_kernel, osaq_primal, osaq_top, softmax_infinity
 from jaxquant.methods.problem import Problem
 from jaxquant.methods.refit import better_columns, refit_grid
+from jaxquant.methods.rotate import Rotations, fold_norms, quarot, rotate
 from jaxquant.methods.rounded import Rounded, Stats, layer_error
 from jaxquant.methods.rtn import rtn
 
 __all__ = [
     "Problem",
+    "Rotations",
     "Rounded",
     "Stats",
     "awq",
     "awq_scale",
     "better_columns",
     "coordinate_descent",
+    "fold_norms",
     "gptq",
     "layer_error",
     "linf_prox",
@@ -27,7 +30,9 @@ __all__ = [
     "osaq_kernel",
     "osaq_primal",
     "osaq_top",
+    "quarot",
     "refit_grid",
+    "rotate",
     "rtn",
     "softmax_infinity",
 ]

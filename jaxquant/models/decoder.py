@@ -241,15 +241,23 @@ def _block(
         cache = KVCache(k=k, v=v, length=start + length)
     attn_out = attention(q, k, v, window=config.sliding_window, sliding=sliding, start=start)
     y = _linear(attn["o"], attn_out)
-    x = x + (rms_norm(y, block_params["attn_post_norm"], config) if config.post_norms else y)
+    x = x + _branch(block_params, config, "attn", y)
 
     mlp_in = rms_norm(x, block_params["mlp_norm"], config)
     mlp_hidden = _activate(_linear(mlp["gate"], mlp_in), config) * _linear(mlp["up"], mlp_in)
     y = _linear(mlp["down"], mlp_hidden)
-    x = x + (rms_norm(y, block_params["mlp_post_norm"], config) if config.post_norms else y)
+    x = x + _branch(block_params, config, "mlp", y)
 
     values_by_tap = dict(zip(TAPS, (attn_in, attn_out, mlp_in, mlp_hidden), strict=True))
     return x, cache, {tap: values_by_tap[tap] for tap in taps}
+
+
+def _branch(block_params: Params, config: ModelConfig, part: str, y: jax.Array) -> jax.Array:
+    """What `part` adds to the residual stream, given the output of its last linear."""
+    if config.post_norms:
+        y = rms_norm(y, block_params[f"{part}_post_norm"], config)
+    rotation = block_params.get(f"{part}_post_rotation")  # see methods.rotate
+    return y if rotation is None else _matmul(y, rotation, y.dtype)
 
 
 def _linear(linear: Params, x: jax.Array) -> jax.Array:
