@@ -4,6 +4,7 @@ from jaxquant.methods.awq import awq, awq_scale
 from jaxquant.methods.coordinate import coordinate_descent
 from jaxquant.methods.gptq import gptq
 from jaxquant.methods.magr import linf_prox, magr
+from jaxquant.methods.offq import offq
 from jaxquant.methods.osaq import osaq, osaq_delta, osaq_kernel, osaq_primal, osaq_top, softmax_infinity
 from jaxquant.methods.problem import Problem
 from jaxquant.methods.refit import better_columns, refit_grid
@@ -25,6 +26,7 @@ __all__ = [
     "layer_error",
     "linf_prox",
     "magr",
+    "offq",
     "osaq",
     "osaq_delta",
     "osaq_kernel",

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.errors import UsageError
-from jaxquant.linalg import random_hadamard, random_orthogonal
+from jaxquant.linalg import base_order, hadamard, random_hadamard, random_orthogonal
 from jaxquant.models.config import LINEARS, ModelConfig
 
 #: Norms of a block and the linears that read them.
@@ -41,21 +41,32 @@ class Rotations:
       residual: R1 `[d, d]`, of the residual stream, one for the whole model.
       values: R2 `[layers, kv_heads, head_dim, head_dim]`, of every value head and so of the inputs of `o`; or
         `None`.
+      keys: R3 `[layers, kv_heads, head_dim, head_dim]`, of keys and queries behind the position embedding;
+        or `None`. At run time.
+      key_shift: `[layers, kv_heads, head_dim]`, subtracted from all keys of a head before R3; `None` is 0.
+        Needs `keys`.
       hidden: int `[layers, f]`, an order of the inputs of `down`: unit `hidden[l, j]` comes to place j; or
         `None`.
+      hidden_block: R4: the inputs of `down`, in their order, are multiplied by the Hadamard matrix of this
+        order, a block of channels at a time, at run time; 0: they are not.
     """
 
     residual: np.ndarray
     values: np.ndarray | None = None
+    keys: np.ndarray | None = None
+    key_shift: np.ndarray | None = None
     hidden: np.ndarray | None = None
+    hidden_block: int = 0
 
 
 def quarot(config: ModelConfig, seed: int) -> Rotations:
-    """QuaRot's offline rotations: randomized Hadamard matrices for the residual stream and each value head.
+    """QuaRot: randomized Hadamard matrices for the residual stream and for values and keys of each head.
 
-    Random orthogonal matrices where no Hadamard matrix of the order is known.
+    Random orthogonal matrices where no Hadamard matrix of the order is known. The inputs of `down` get the
+    one Hadamard matrix of their number, or of the largest block for which there is one.
     """
-    seeds = iter(np.random.SeedSequence(seed).generate_state(1 + config.num_layers * config.num_kv_heads))
+    heads = config.num_layers * config.num_kv_heads
+    seeds = iter(np.random.SeedSequence(seed).generate_state(1 + 2 * heads))
 
     def draw(n: int) -> np.ndarray:
         own = int(next(seeds))
@@ -64,8 +75,27 @@ def quarot(config: ModelConfig, seed: int) -> Rotations:
         except UsageError:
             return random_orthogonal(n, own)
 
-    heads = [[draw(config.head_dim) for _ in range(config.num_kv_heads)] for _ in range(config.num_layers)]
-    return Rotations(residual=draw(config.hidden_size), values=np.array(heads))
+    def draw_heads() -> np.ndarray:
+        drawn = np.array([draw(config.head_dim) for _ in range(heads)])
+        return drawn.reshape(config.num_layers, config.num_kv_heads, *drawn.shape[1:])
+
+    return Rotations(
+        residual=draw(config.hidden_size),
+        values=draw_heads(),
+        keys=draw_heads(),
+        hidden_block=largest_block(config.intermediate_size),
+    )
+
+
+def largest_block(n: int) -> int:
+    """The largest divisor of n that is the order of a known Hadamard matrix."""
+    for block in sorted((d for d in range(1, n + 1) if n % d == 0), reverse=True):
+        try:
+            base_order(block)
+        except UsageError:
+            continue
+        return block
+    raise AssertionError("1 is an order")
 
 
 def fold_norms(params: Mapping[str, Any], config: ModelConfig) -> tuple[Params, ModelConfig]:
@@ -101,14 +131,16 @@ def rotate(
 
         E <- E R1;  W_{q,k,v,gate,up,head} <- R1^T W;  W_{o,down} <- W R1 and their biases b R1
         W_v <- W_v (I (x) R2), its bias likewise;  W_o <- (I (x) R2^T) W_o
-        columns of gate and up, rows of down: reordered
+        columns of gate and up, rows of down: reordered;  W_down <- (I (x) R4^T) W_down
 
-    Every query head that shares a key/value head takes its R2. Where a norm stands between `o` or `down` and
-    the residual stream (Gemma 3), R1 cannot be folded: the block gets `attn_post_rotation` and
-    `mlp_post_rotation` `[layers, d, d]`, `diag(g) R1`, applied behind those norms at run time.
+    Left to the forward pass are R3, as `key_rotation` and `key_shift` of a block's attention, and R4, as
+    `precision.hidden_hadamard` of the config. Every query head that shares a key/value head takes its R2 and
+    R3. Where a norm stands between `o` or `down` and the residual stream (Gemma 3), R1 cannot be folded: the
+    block gets `attn_post_rotation` and `mlp_post_rotation` `[layers, d, d]`, `diag(g) R1`, applied behind
+    those norms at run time.
 
     Raises:
-      UsageError: a norm is not folded, or a rotation does not fit the model.
+      UsageError: a norm is not folded, a rotation does not fit the model, or there is an R3 or R4 already.
     """
     _check(rotations, config, len(params["blocks"]["attn_norm"]) if "blocks" in params else None)
     rotated, turn = dict(params), rotations.residual
@@ -141,6 +173,10 @@ def rotate(
                     lambda bias: np.take_along_axis(bias, order, axis=-1),
                 )
             _edit(blocks, "mlp.down", lambda kernel: np.take_along_axis(kernel, order[..., None], axis=-2))
+        if rotations.keys is not None:
+            _add_key_rotation(blocks["attn"], rotations)
+        if rotations.hidden_block:
+            _edit(blocks, "mlp.down", lambda kernel: _turn_blocks(kernel, rotations.hidden_block))
         rotated["blocks"] = blocks
     if "norm" in params:
         _check_folded("norm", params["norm"], config)
@@ -148,7 +184,29 @@ def rotate(
             raise UsageError("rotate: the embedding is tied; call fold_norms first")
         rotated["embed"] = _like(params["embed"], _wide(params["embed"]) @ turn)
         rotated["head"] = _like(params["head"], turn.T @ _wide(params["head"]))
+    if rotations.hidden_block:
+        precision = dataclasses.replace(config.precision, hidden_hadamard=rotations.hidden_block)
+        config = dataclasses.replace(config, precision=precision)
     return rotated, config
+
+
+def _add_key_rotation(attn: Params, rotations: Rotations) -> None:
+    keys, shift = rotations.keys, rotations.key_shift
+    assert keys is not None
+    if "key_rotation" in attn:
+        raise UsageError("rotate: the keys of this model are rotated already; start from the original model")
+    attn["key_rotation"] = jnp.asarray(keys.astype(np.float32))
+    attn["key_shift"] = jnp.asarray(
+        (np.zeros(keys.shape[:-1]) if shift is None else shift).astype(np.float32)
+    )
+
+
+def _turn_blocks(kernel: np.ndarray, block: int) -> np.ndarray:
+    """`(I (x) R4^T) W`."""
+    turn = hadamard(block) / block**0.5
+    return np.einsum(
+        "ij,...bim->...bjm", turn, kernel.reshape(*kernel.shape[:-2], -1, block, kernel.shape[-1])
+    ).reshape(kernel.shape)
 
 
 def _rotate_values(blocks: Params, config: ModelConfig, values: np.ndarray) -> None:
@@ -176,10 +234,20 @@ def _edit(blocks: Params, path: str, change: Any, change_bias: Any = None) -> No
 
 
 def _check(rotations: Rotations, config: ModelConfig, layers: int | None) -> None:
-    d, size = config.hidden_size, config.head_dim
+    d, size, block = config.hidden_size, config.head_dim, rotations.hidden_block
+    if (block or rotations.hidden is not None) and config.precision.hidden_hadamard:
+        raise UsageError("rotate: the inputs of down are rotated already; start from the original model")
+    if block and config.intermediate_size % block:
+        raise UsageError(
+            f"rotate: {config.intermediate_size} inputs of down do not divide into blocks of {block}"
+        )
+    if rotations.key_shift is not None and rotations.keys is None:
+        raise UsageError("rotate: key_shift needs keys")
     shapes = {
         "residual": (d, d),
         "values": (layers, config.num_kv_heads, size, size),
+        "keys": (layers, config.num_kv_heads, size, size),
+        "key_shift": (layers, config.num_kv_heads, size),
         "hidden": (layers, config.intermediate_size),
     }
     for name, shape in shapes.items():
@@ -188,6 +256,8 @@ def _check(rotations: Rotations, config: ModelConfig, layers: int | None) -> Non
             continue
         if array.shape != shape:
             raise UsageError(f"rotate: {name} is {list(array.shape)}; this model takes {list(shape)}")
+        if name == "key_shift":
+            continue
         if name == "hidden":
             if not np.array_equal(np.sort(array, axis=-1), np.broadcast_to(np.arange(shape[-1]), shape)):
                 raise UsageError("rotate: hidden is no order: every unit must come once a layer")

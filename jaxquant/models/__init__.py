@@ -1,5 +1,5 @@
 """Decoder-only language models: `config` (static), `families`, `decoder`, `cache`, `modules` (Flax NNX)."""
 
-from jaxquant.models.config import ModelConfig, Rope
+from jaxquant.models.config import ModelConfig, Precision, Rope
 
-__all__ = ["ModelConfig", "Rope"]
+__all__ = ["ModelConfig", "Precision", "Rope"]

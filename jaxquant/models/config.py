@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from jaxquant.quant import ActivationGrid
+
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 #: Taps of a block in execution order, each with the linears that read it. Linears of one tap share its
@@ -40,6 +42,41 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Precision:
+    """What is quantized while the model runs, and the rotation that goes with it; by default nothing is.
+
+    Attributes:
+      attn_in, attn_out, mlp_in, mlp_hidden: grids of what the linears read (see `LINEARS`).
+      keys, values: grids of what attention reads and the cache keeps, each head of a token by itself.
+      hidden_hadamard: the inputs of `down` are multiplied by the Hadamard matrix of this order, a block of
+        channels at a time (`linalg.hadamard_transform`), before they are quantized; 0: they are not.
+    """
+
+    attn_in: ActivationGrid | None = None
+    attn_out: ActivationGrid | None = None
+    mlp_in: ActivationGrid | None = None
+    mlp_hidden: ActivationGrid | None = None
+    keys: ActivationGrid | None = None
+    values: ActivationGrid | None = None
+    hidden_hadamard: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, without what is not set; `from_dict` inverts it."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            name: dataclasses.asdict(value) if isinstance(value, ActivationGrid) else value
+            for name, value in fields.items()
+            if value
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Precision:
+        """The precision that `to_dict` wrote."""
+        grids = {name: ActivationGrid(**value) for name, value in fields.items() if isinstance(value, dict)}
+        return cls(**{**fields, **grids})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Everything static about one model: hashable, JSON round trip by `to_dict` / `from_dict`.
 
@@ -59,6 +96,7 @@ class ModelConfig:
       sliding_layers: one flag a layer; empty means no layer slides.
       rope, rope_local: rotation of full and of sliding layers (`None`: the same).
       dtype: dtype of the activations in the forward pass.
+      precision: what of them is quantized.
     """
 
     family: str
@@ -89,6 +127,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
     add_bos: bool = False
     dtype: str = "float32"
+    precision: Precision = Precision()
 
     def linear_shape(self, path: str) -> tuple[int, int]:
         """`(in, out)` of the linear at `path` (see `LINEARS`)."""
@@ -104,8 +143,10 @@ class ModelConfig:
         return bool(self.sliding_layers) and self.sliding_layers[layer]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` inverts it."""
-        return dataclasses.asdict(self)
+        """Plain JSON types; `from_dict` inverts it. A precision that quantizes nothing is left out."""
+        fields = dataclasses.asdict(self)
+        del fields["precision"]
+        return fields | ({"precision": self.precision.to_dict()} if self.precision != Precision() else {})
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
@@ -114,6 +155,7 @@ class ModelConfig:
         fields["rope"] = Rope(**fields["rope"])
         if fields.get("rope_local") is not None:
             fields["rope_local"] = Rope(**fields["rope_local"])
+        fields["precision"] = Precision.from_dict(fields.get("precision", {}))
         for name in ("sliding_layers", "eos_ids"):
             fields[name] = tuple(fields[name])
         return cls(**fields)

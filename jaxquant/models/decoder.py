@@ -18,14 +18,18 @@ import numpy as np
 from jax import lax
 
 from jaxquant.errors import InputError
+from jaxquant.linalg import hadamard_transform
 from jaxquant.models.attention import attention
 from jaxquant.models.cache import KVCache
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.models.rotary import rotate, tables
+from jaxquant.quant import ActivationGrid
 
 Params = dict[str, Any]
 
 TAPS = tuple(tap for tap, _ in LINEARS)
+#: Taps that no linear reads: what attention reads, and a cache keeps.
+CACHE_TAPS = ("keys", "values")
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +98,7 @@ def reduce_taps(
     Args:
       tokens: int32 `[B, T]`.
       reduce: maps one tap's activations `[B, T, n]` to any pytree of arrays.
-      taps: which of `TAPS`.
+      taps: which of `TAPS` and `CACHE_TAPS`.
     """
     return _run(params, config, tokens, None, tuple(taps), reduce)[2]
 
@@ -120,14 +124,15 @@ def forward(
     Args:
       params: see `init_params` for the tree.
       cache: keys and values of the tokens before these; see `init_cache`.
-      taps: which of `attn_in`, `attn_out`, `mlp_in`, `mlp_hidden` to return, stacked over layers.
+      taps: which of `attn_in`, `attn_out`, `mlp_in`, `mlp_hidden`, `keys`, `values` to return, stacked over
+        layers.
 
     Raises:
       InputError: more tokens than the cache can hold, or an unknown tap.
     """
-    unknown = set(taps) - set(TAPS)
+    unknown = set(taps) - set(TAPS + CACHE_TAPS)
     if unknown:
-        raise InputError(f"unknown taps {sorted(unknown)}; there are {', '.join(TAPS)}")
+        raise InputError(f"unknown taps {sorted(unknown)}; there are {', '.join(TAPS + CACHE_TAPS)}")
     hidden, cache, collected = _run(params, config, tokens, cache, tuple(taps))
     return Output(logits=logits(params, config, hidden), cache=cache, taps=collected)
 
@@ -228,28 +233,54 @@ def _block(
     attn, mlp = block_params["attn"], block_params["mlp"]
     batch, length = x.shape[:2]
 
-    attn_in = rms_norm(x, block_params["attn_norm"], config)
+    precision = config.precision
+    attn_in = _quantize(rms_norm(x, block_params["attn_norm"], config), precision.attn_in)
     q, k, v = (_linear(attn[name], attn_in).reshape(batch, length, -1, config.head_dim) for name in "qkv")
     if config.qk_norm:
         q, k = rms_norm(q, attn["q_norm"], config), rms_norm(k, attn["k_norm"], config)
     cos, sin = _select(sliding, *rotations)
     q, k = rotate(q, cos, sin) * config.query_scale, rotate(k, cos, sin)
+    if "key_rotation" in attn:
+        q, k = _turn_keys(attn, q, k)
+    k, v = _quantize(k, precision.keys), _quantize(v, precision.values)
+    tapped_keys, tapped_values = (heads.reshape(batch, length, -1) for heads in (k, v))
     start = None
     if cache is not None:
         start, at = cache.length, (0, cache.length, 0, 0)
         k, v = (lax.dynamic_update_slice(old, new, at) for old, new in ((cache.k, k), (cache.v, v)))
         cache = KVCache(k=k, v=v, length=start + length)
     attn_out = attention(q, k, v, window=config.sliding_window, sliding=sliding, start=start)
+    attn_out = _quantize(attn_out, precision.attn_out)
     y = _linear(attn["o"], attn_out)
     x = x + _branch(block_params, config, "attn", y)
 
-    mlp_in = rms_norm(x, block_params["mlp_norm"], config)
+    mlp_in = _quantize(rms_norm(x, block_params["mlp_norm"], config), precision.mlp_in)
     mlp_hidden = _activate(_linear(mlp["gate"], mlp_in), config) * _linear(mlp["up"], mlp_in)
+    if precision.hidden_hadamard:
+        blocks = mlp_hidden.reshape(batch, length, -1, precision.hidden_hadamard)
+        mlp_hidden = hadamard_transform(blocks).reshape(mlp_hidden.shape)
+    mlp_hidden = _quantize(mlp_hidden, precision.mlp_hidden)
     y = _linear(mlp["down"], mlp_hidden)
     x = x + _branch(block_params, config, "mlp", y)
 
     values_by_tap = dict(zip(TAPS, (attn_in, attn_out, mlp_in, mlp_hidden), strict=True))
+    values_by_tap |= {"keys": tapped_keys, "values": tapped_values}
     return x, cache, {tap: values_by_tap[tap] for tap in taps}
+
+
+def _quantize(x: jax.Array, grid: ActivationGrid | None) -> jax.Array:
+    return x if grid is None else grid.fake_quantize(x)
+
+
+def _turn_keys(attn: Params, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys in the basis `key_rotation` `[KV, n, n]`; keys less `key_shift` `[KV, n]` first.
+
+    A shift that all keys of a head share changes no softmax; the rotation cancels in the product.
+    """
+    turn, shift = (attn[name].astype(k.dtype) for name in ("key_rotation", "key_shift"))
+    queries = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    queries = jnp.einsum("bthgi,hij->bthgj", queries, turn, precision="highest").reshape(q.shape)
+    return queries, jnp.einsum("bthi,hij->bthj", k - shift[None, None], turn, precision="highest")
 
 
 def _branch(block_params: Params, config: ModelConfig, part: str, y: jax.Array) -> jax.Array:

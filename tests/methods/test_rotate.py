@@ -11,11 +11,12 @@ import pytest
 from tiny_families import RAW, tiny_config, tiny_params, tiny_tokens
 
 from jaxquant.errors import UsageError
-from jaxquant.linalg import random_hadamard, random_orthogonal
+from jaxquant.linalg import hadamard, random_hadamard, random_orthogonal
 from jaxquant.methods import Rotations, fold_norms, quarot, rotate
+from jaxquant.models import Precision
 from jaxquant.models.decoder import forward
 
-TAPS = ("attn_in", "attn_out", "mlp_in", "mlp_hidden")
+TAPS = ("attn_in", "attn_out", "mlp_in", "mlp_hidden", "keys")
 
 
 def model(name: str):
@@ -24,10 +25,11 @@ def model(name: str):
 
 
 def draw(config, seed: int = 1) -> Rotations:
-    """QuaRot's rotations and an order of the hidden units."""
+    """QuaRot's rotations, an order of the hidden units and a shift of the keys."""
     rng = np.random.default_rng(seed)
     order = [rng.permutation(config.intermediate_size) for _ in range(config.num_layers)]
-    return dataclasses.replace(quarot(config, seed), hidden=np.array(order))
+    shift = rng.standard_normal((config.num_layers, config.num_kv_heads, config.head_dim))
+    return dataclasses.replace(quarot(config, seed), hidden=np.array(order), key_shift=shift)
 
 
 def change(after, before) -> float:
@@ -41,10 +43,10 @@ def test_the_function_is_preserved(name):
     folded, untied = fold_norms(params, config)
     assert not untied.tie_embeddings
     assert change(forward(folded, untied, tokens).logits, before) <= 1e-4
-    rotated, same = rotate(folded, untied, draw(config))
-    assert same == untied
+    rotated, turned = rotate(folded, untied, draw(config))
+    assert turned.precision == Precision(hidden_hadamard=48)
     assert np.abs(np.asarray(rotated["embed"]) - params["embed"]).max() > 0.1
-    assert change(forward(rotated, untied, tokens).logits, before) <= 1e-4
+    assert change(forward(rotated, turned, tokens).logits, before) <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama_linear_biases", "gemma3"])
@@ -64,8 +66,8 @@ def test_what_the_linears_read_is_in_the_new_basis(name):
     params, config, tokens = model(name)
     folded, config = fold_norms(params, config)
     rotations = draw(config)
-    rotated, _ = rotate(folded, config, rotations)
-    before, after = (forward(p, config, tokens, taps=TAPS).taps for p in (folded, rotated))
+    rotated, turned = rotate(folded, config, rotations)
+    before, after = (forward(p, c, tokens, taps=TAPS).taps for p, c in ((folded, config), (rotated, turned)))
     assert rotations.values is not None
     assert rotations.hidden is not None
     group = config.num_heads // config.num_kv_heads
@@ -73,10 +75,14 @@ def test_what_the_linears_read_is_in_the_new_basis(name):
         b, a = ({tap: np.asarray(taps[tap][layer], np.float64) for tap in TAPS} for taps in (before, after))
         for tap in ("attn_in", "mlp_in"):
             np.testing.assert_allclose(a[tap], b[tap] @ rotations.residual, atol=2e-4)
-        np.testing.assert_allclose(a["mlp_hidden"], b["mlp_hidden"][..., rotations.hidden[layer]], atol=1e-3)
+        hidden = b["mlp_hidden"][..., rotations.hidden[layer]] @ hadamard(48) / 48**0.5
+        np.testing.assert_allclose(a["mlp_hidden"], hidden, atol=1e-3)
         heads = b["attn_out"].reshape(*b["attn_out"].shape[:2], config.num_heads, -1)
         turned = [heads[:, :, h] @ rotations.values[layer, h // group] for h in range(config.num_heads)]
         np.testing.assert_allclose(a["attn_out"], np.concatenate(turned, axis=-1), atol=2e-4)
+        keys = b["keys"].reshape(*b["keys"].shape[:2], config.num_kv_heads, -1) - rotations.key_shift[layer]
+        turned = [keys[:, :, h] @ rotations.keys[layer, h] for h in range(config.num_kv_heads)]
+        np.testing.assert_allclose(a["keys"], np.concatenate(turned, axis=-1), atol=2e-4)
 
 
 def test_parts_of_a_model_are_treated_like_the_whole():
@@ -85,9 +91,10 @@ def test_parts_of_a_model_are_treated_like_the_whole():
     whole, _ = rotate(*fold_norms(params, config), rotations)
     outer = {name: leaf for name, leaf in params.items() if name != "blocks"}
     block = {"blocks": jax.tree.map(lambda leaf: leaf[1:2], params["blocks"])}
-    assert rotations.values is not None
-    assert rotations.hidden is not None
-    own = dataclasses.replace(rotations, values=rotations.values[1:2], hidden=rotations.hidden[1:2])
+    own = dataclasses.replace(
+        rotations,
+        **{name: getattr(rotations, name)[1:2] for name in ("values", "keys", "key_shift", "hidden")},
+    )
     parts, _ = rotate(*fold_norms(outer, config), rotations)
     one, _ = rotate(*fold_norms(block, config), own)
     expected = {**whole, "blocks": jax.tree.map(lambda leaf: leaf[1:2], whole["blocks"])}
@@ -100,7 +107,8 @@ def test_a_second_rotation_adds_to_the_first(name):
     params, config, tokens = model(name)
     before = forward(params, config, tokens).logits
     once = rotate(*fold_norms(params, config), draw(config, 1))
-    twice, config = rotate(*once, draw(config, 2))
+    again = dataclasses.replace(draw(config, 2), keys=None, key_shift=None, hidden=None, hidden_block=0)
+    twice, config = rotate(*once, again)
     assert change(forward(twice, config, tokens).logits, before) <= 1e-4
 
 
@@ -108,6 +116,8 @@ def test_half_precision_weights_keep_their_dtype():
     params, config, _ = model("llama2")
     half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
     rotated, _ = rotate(*fold_norms(half, config), draw(config))
+    for name in ("key_rotation", "key_shift"):
+        assert rotated["blocks"]["attn"].pop(name).dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(rotated)} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -138,7 +148,15 @@ def test_impossible_rotations():
         ({"residual": random_hadamard(32, 0).astype(np.float32)}, "residual is not orthogonal"),
         ({"residual": np.full((32, 32), np.nan)}, "residual is not orthogonal"),
         ({"hidden": np.zeros_like(good.hidden)}, "hidden is no order"),
+        ({"key_shift": good.hidden}, r"key_shift is \[3, 48\]; this model takes \[3, 2, 8\]"),
+        ({"keys": None}, "key_shift needs keys"),
+        ({"hidden_block": 32}, "48 inputs of down do not divide into blocks of 32"),
     ]
     for fields, message in cases:
         with pytest.raises(UsageError, match=message):
             rotate(folded, untied, dataclasses.replace(good, **fields))
+    once = rotate(folded, untied, good)
+    with pytest.raises(UsageError, match="inputs of down are rotated already; start from the original"):
+        rotate(*once, good)
+    with pytest.raises(UsageError, match="keys of this model are rotated already; start from the original"):
+        rotate(*once, dataclasses.replace(good, hidden=None, hidden_block=0))

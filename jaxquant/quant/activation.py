@@ -1,0 +1,128 @@
+"""`ActivationGrid`: integers for what flows between linears, its range fitted anew to every token."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from jaxquant.errors import UsageError
+
+#: How an asymmetric range is found; see `ActivationGrid`.
+Range = Literal["midpoint", "zero"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationGrid:
+    """Uniform integers for the channels of a token, or for groups of them, without calibration.
+
+        midpoint:  mid = (max + min) / 2,  half = clip (max - min) / 2,  lo = mid - half
+        zero:      lo = clip min(x, 0),  2 half = clip max(x, 0) - lo
+        symmetric: lo = -scale 2^(bits-1),  scale = clip max|x| / (2^(bits-1) - 1)
+        scale = 2 half / (2^bits - 1),  q = clamp(round((x - lo) / scale), 0, 2^bits - 1),  x' = lo + scale q
+
+    `lo` is a number of its own and not a multiple of the scale, so an offset that a whole group shares costs
+    nothing: `x + c` is quantized like x (arXiv 2606.07116 lives on that). `"zero"` is the rule of earlier
+    code (QuaRot, arXiv 2404.00456): 0 is kept in the range and raw ends are clipped, which an offset ruins.
+
+    Attributes:
+      bits: 2 to 8.
+      group_size: channels that share a range; `None`: all of a token (of a head, in a cache).
+      symmetric: around 0.
+      clip: share of the range that is kept, in (0, 1]; .9 to 1 is usual.
+      range: of asymmetric grids.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = False
+    clip: float = 1.0
+    range: Range = "midpoint"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise UsageError(
+                f"activation bits={self.bits} is out of range; use 2 to 8, or leave the grid out"
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise UsageError(f"activation group_size={self.group_size}: use None for one group a token")
+        if not 0 < self.clip <= 1:
+            raise UsageError(f"activation clip={self.clip} is out of range; use a share of the range up to 1")
+        if self.range not in get_args(Range):
+            raise UsageError(f"unknown activation range {self.range!r}; use {' or '.join(get_args(Range))}")
+
+    def groups(self, channels: int) -> int:
+        """Groups of a token.
+
+        Raises:
+          UsageError: the group size does not divide `channels`.
+        """
+        size = self.group_size or channels
+        if channels % size:
+            divisors = [d for d in range(16, channels) if channels % d == 0][:6]
+            raise UsageError(
+                f"{channels} channels are not divisible by the activation group_size={size}; use one of "
+                f"{', '.join(map(str, divisors))}, or None"
+            )
+        return channels // size
+
+    def effective_bits(self, channels: int) -> float:
+        """Bits a channel with what goes along in float16: a scale a group, and `lo` where asymmetric."""
+        return self.bits + (16 if self.symmetric else 32) * self.groups(channels) / channels
+
+    def fit(
+        self, x: Float[Array, "*tokens n"]
+    ) -> tuple[Float[Array, "*tokens groups"], Float[Array, "*tokens groups"]]:
+        """`(scale, lo)` in float32 (float64 for such an x); in a constant group `lo` is the constant."""
+        grouped = self._grouped(x)
+        top = 2**self.bits - 1
+        low, high = jnp.min(grouped, axis=-1), jnp.max(grouped, axis=-1)
+        if self.symmetric:
+            scale = self.clip * jnp.maximum(-low, high) / (2 ** (self.bits - 1) - 1)
+            scale = jnp.where(scale > 0, scale, 1)
+            return scale, -scale * 2 ** (self.bits - 1)
+        if self.range == "zero":
+            low, high = self.clip * jnp.minimum(low, 0), self.clip * jnp.maximum(high, 0)
+        else:
+            middle, half = (low + high) / 2, self.clip * (high - low) / 2
+            low, high = middle - half, middle + half
+        scale = (high - low) / top
+        return jnp.where(scale > 0, scale, 1), low
+
+    def quantize(
+        self,
+        x: Float[Array, "*tokens n"],
+        scale: Float[Array, "*tokens groups"],
+        lo: Float[Array, "*tokens groups"],
+    ) -> UInt8[Array, "*tokens n"]:
+        """The integers, 0 to `2^bits - 1`."""
+        codes = jnp.round((self._grouped(x) - lo[..., None]) / scale[..., None])
+        return jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8).reshape(x.shape)
+
+    def dequantize(
+        self,
+        codes: UInt8[Array, "*tokens n"],
+        scale: Float[Array, "*tokens groups"],
+        lo: Float[Array, "*tokens groups"],
+        dtype: Any = jnp.float32,
+    ) -> Float[Array, "*tokens n"]:
+        """`lo + scale q`, computed in the dtype of the scale."""
+        grouped = codes.reshape(*codes.shape[:-1], scale.shape[-1], -1).astype(scale.dtype)
+        return (lo[..., None] + scale[..., None] * grouped).reshape(codes.shape).astype(dtype)
+
+    def fake_quantize(self, x: Float[Array, "*tokens n"]) -> Float[Array, "*tokens n"]:
+        """x as it is after quantization, in its own dtype."""
+        scale, lo = self.fit(x)
+        return self.dequantize(self.quantize(x, scale, lo), scale, lo, x.dtype)
+
+    def __str__(self) -> str:
+        size = "per token" if self.group_size is None else f"g{self.group_size}"
+        kind = "symmetric" if self.symmetric else "asymmetric" + (" with 0" if self.range == "zero" else "")
+        clip = "" if self.clip == 1 else f", clip {self.clip:g}"
+        return f"{self.bits} bits {size} {kind}{clip}"
+
+    def _grouped(self, x: Array) -> Array:
+        wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+        return wide.reshape(*x.shape[:-1], self.groups(x.shape[-1]), -1)

@@ -1,0 +1,141 @@
+"""Grids of activations: against numpy, their invariances, and their corner cases."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from jaxquant.errors import UsageError
+from jaxquant.linalg import hadamard_transform
+from jaxquant.quant import ActivationGrid
+
+GRIDS = [
+    ActivationGrid(bits=4),
+    ActivationGrid(bits=4, group_size=16, clip=0.9),
+    ActivationGrid(bits=8, group_size=32, symmetric=True),
+    ActivationGrid(bits=3, group_size=16, range="zero", clip=0.9),
+]
+
+
+def tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(shape) + rng.standard_normal((*shape[:-1], 1))
+
+
+def reference(x: np.ndarray, grid: ActivationGrid) -> np.ndarray:
+    result = np.empty_like(x)
+    size = grid.group_size or x.shape[-1]
+    top = 2**grid.bits - 1
+    for index in np.ndindex(*x.shape[:-1]):
+        for start in range(0, x.shape[-1], size):
+            v = x[index][start : start + size]
+            if grid.symmetric:
+                scale = grid.clip * np.abs(v).max() / (2 ** (grid.bits - 1) - 1)
+                lo = -scale * 2 ** (grid.bits - 1)
+            elif grid.range == "zero":
+                lo, hi = min(v.min(), 0) * grid.clip, max(v.max(), 0) * grid.clip
+                scale = (hi - lo) / top
+            else:
+                middle, half = (v.max() + v.min()) / 2, (v.max() - v.min()) / 2 * grid.clip
+                lo, scale = middle - half, 2 * half / top
+            result[index][start : start + size] = lo + scale * np.clip(np.round((v - lo) / scale), 0, top)
+    return result
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_equals_the_reference(grid):
+    x = tokens(3, 5, 64)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(
+            jax.jit(grid.fake_quantize)(jnp.asarray(x)), reference(x, grid), atol=1e-12
+        )
+    narrow = jnp.asarray(x, jnp.float32)
+    ours = np.asarray(jax.jit(grid.fake_quantize)(narrow))
+    # A tie may fall the other way; all else is equal.
+    assert np.mean(np.abs(ours - reference(x, grid)) > 1e-5) < 2e-3
+    np.testing.assert_array_equal(jax.vmap(grid.fake_quantize)(narrow), grid.fake_quantize(narrow))
+
+
+@given(
+    hnp.arrays(np.float32, (2, 32), elements=st.floats(-1e4, 1e4, width=32)),
+    st.integers(2, 8),
+    st.sampled_from([None, 8, 32]),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_codes_fit_their_bits_and_values_are_near(x, bits, group_size, symmetric):
+    grid = ActivationGrid(bits=bits, group_size=group_size, symmetric=symmetric)
+    scale, lo = grid.fit(jnp.asarray(x))
+    codes = grid.quantize(jnp.asarray(x), scale, lo)
+    assert codes.dtype == jnp.uint8
+    assert int(codes.max()) < 2**bits
+    values = np.asarray(grid.dequantize(codes, scale, lo))
+    step = np.repeat(np.asarray(scale), 32 // grid.groups(32), axis=-1)
+    assert np.all(np.abs(values - x) <= 0.5001 * step + 1e-5 * np.abs(x).max())
+
+
+def test_a_constant_group_is_reproduced_exactly():
+    x = jnp.asarray(np.repeat([0.1, -3.7, 0.0, 1e-30], 16)[None], jnp.float32)
+    np.testing.assert_array_equal(ActivationGrid(bits=4, group_size=16).fake_quantize(x), x)
+
+
+def test_an_offset_of_a_group_costs_nothing_unless_0_is_kept_in_the_range():
+    x, offset = tokens(8, 64), np.repeat(tokens(8, 4, seed=1) * 50, 16, axis=-1)
+    x -= np.repeat(x.reshape(8, 4, 16).mean(-1), 16, axis=-1)
+    with jax.enable_x64(True):
+        for clip in (1.0, 0.9):
+            grid = ActivationGrid(bits=4, group_size=16, clip=clip)
+            alone, moved = (np.asarray(grid.fake_quantize(jnp.asarray(a))) for a in (x, x + offset))
+            np.testing.assert_allclose(moved - offset, alone, atol=1e-10)
+        for worse in (
+            ActivationGrid(bits=4, group_size=16, range="zero"),
+            ActivationGrid(bits=4, group_size=16, symmetric=True),
+        ):
+            error = np.asarray(worse.fake_quantize(jnp.asarray(x + offset))) - x - offset
+            assert np.linalg.norm(error) > 5 * np.linalg.norm(alone - x)
+
+
+def test_the_leader_of_a_hadamard_group_can_be_anything():
+    """OffQ's mechanism: times 100, the first channel of a group changes no quantization error."""
+    z = tokens(16, 64)
+    loud = z.copy()
+    loud[:, 0] *= 100
+    with jax.enable_x64(True):
+        x, moved = hadamard_transform(jnp.asarray(z)), hadamard_transform(jnp.asarray(loud))
+        np.testing.assert_allclose(jnp.mean(moved, axis=-1), loud[:, 0] / 8, atol=1e-12)
+        grid = ActivationGrid(bits=4)
+        errors = [np.asarray(grid.fake_quantize(a) - a) for a in (x, moved)]
+        np.testing.assert_allclose(np.linalg.norm(errors[1]), np.linalg.norm(errors[0]), rtol=1e-6)
+        kept = ActivationGrid(bits=4, range="zero")
+        errors = [np.linalg.norm(kept.fake_quantize(a) - a) for a in (x, moved)]
+        assert errors[1] > 1.5 * errors[0]
+
+
+@pytest.mark.parametrize(("grid", "bits"), [(GRIDS[0], 4.5), (GRIDS[1], 6.0), (GRIDS[2], 8.5)], ids=str)
+def test_effective_bits_count_scales_and_offsets(grid, bits):
+    assert grid.effective_bits(64) == bits
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 1}, "activation bits=1 is out of range; use 2 to 8"),
+        ({"bits": 16}, "or leave the grid out"),
+        ({"group_size": 0}, "use None for one group a token"),
+        ({"clip": 1.1}, "activation clip=1.1 is out of range"),
+        ({"range": "raw"}, "unknown activation range 'raw'; use midpoint or zero"),
+    ],
+)
+def test_impossible_options(options, message):
+    with pytest.raises(UsageError, match=message):
+        ActivationGrid(**options)
+
+
+def test_a_group_that_does_not_divide_the_channels_names_those_that_do():
+    with pytest.raises(UsageError, match="group_size=128; use one of 16, 18, 24"):
+        ActivationGrid(group_size=128).fit(jnp.zeros((1, 576)))
