@@ -109,6 +109,7 @@ def quantize(
 
       jaxquant quantize smollm2-135m --out q4
       jaxquant quantize tiny --bits 3 --calibration notes.txt --out t3
+      jaxquant quantize smollm2-135m --recipe offq-w4a4kv4 --out q444
       jaxquant quantize ./Llama-3.2-1B --group-size 128 --out q --dry-run
 
     The folder holds packed weights, tokenizer, recipe, log and report.html.
@@ -117,8 +118,10 @@ def quantize(
     another, also takes inputs in order of activation, with static groups.
     Flags turn each off. With --json every event is one JSON line.
     """
+    from jaxquant.named import named
     from jaxquant.quant import Grid
-    from jaxquant.recipe import GPTQ, named, read_toml
+    from jaxquant.recipe import read_toml
+    from jaxquant.stages import GPTQ
 
     if recipe.endswith(".toml"):
         _refuse(context, (*_GRID_FLAGS, *_GPTQ_FLAGS, "convention", "true_sequential"), f"--recipe {recipe}")
@@ -135,6 +138,8 @@ def quantize(
         )
         stage = GPTQ(act_order=act_order, groups=groups, percdamp=percdamp)  # pyright: ignore[reportArgumentType]
         chosen = named(recipe, grid, gptq=stage, true_sequential=true_sequential)
+        if chosen.grid.bits != bits:
+            _refuse(context, ("bits",), f"--recipe {recipe}")
         if stage not in chosen.stages:
             _refuse(context, _GPTQ_FLAGS, f"--recipe {recipe}")
     _quantize(
@@ -260,8 +265,8 @@ def demo(
     """
     from jaxquant import jobs
     from jaxquant.io import load_model
+    from jaxquant.named import named
     from jaxquant.quant import Grid
-    from jaxquant.recipe import named
     from jaxquant.report import terminal
 
     out = out or Path(f"jaxquant-demo-{Path(model).name}-w{bits}")
@@ -347,6 +352,8 @@ def _quantize(
 def _show(table: ProgressTable, linears: int, event: dict[str, Any]) -> None:
     if event["event"] == "row":
         table.row(event)
+    elif event["event"] == "surgery":
+        table.note(f"{event['stage']}: finding the bases")
     elif event["event"] == "gradient":
         table.note(f"loss gradients of the original model: {event['done']} of {event['total']} passes")
     elif event["event"] == "resume":

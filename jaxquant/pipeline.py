@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -28,8 +29,12 @@ from jaxquant.models.decoder import embed
 from jaxquant.plan import Plan, plan
 from jaxquant.quant import QArray
 from jaxquant.recipe import Recipe, to_toml
+from jaxquant.stages import Surgery
+from jaxquant.surgery import RotatedSource, stored_rotations
 
 Event = dict[str, Any]
+
+_KEY_OPERATIONS = ("['key_rotation']", "['key_shift']")
 
 # Samples that folds may run through the block.
 _FOLD_SAMPLES = 2
@@ -57,7 +62,7 @@ def quantize_model(
       tokens: calibration windows, int32 `[samples, seqlen]`.
       folder: where the quantized model goes; must not exist, or be empty, unless `resume`.
       describe: facts about the calibration kept in the manifest (text, seed).
-      on_event: called with `{"event": "gradient" | "row" | "block" | "resume" | "done", ...}`.
+      on_event: called with `{"event": "surgery" | "gradient" | "row" | "block" | "resume" | "done", ...}`.
 
     Returns:
       The summary; with `resume` on a finished run that of the run, at once.
@@ -68,8 +73,8 @@ def quantize_model(
       InputError: the disk is full.
     """
     started = time.monotonic()
-    config = source.config
-    estimate = plan(config, recipe, samples=tokens.shape[0], seqlen=tokens.shape[1])
+    config = recipe.runtime(source.config)
+    estimate = plan(source.config, recipe, samples=tokens.shape[0], seqlen=tokens.shape[1])
     identity = {
         "source": {"name": source.name, "fingerprint": source.fingerprint()},
         "recipe": recipe.to_dict(),
@@ -87,6 +92,9 @@ def quantize_model(
         on_event({"event": "done", **previous["summary"]})
         return previous["summary"]
 
+    if recipe.surgery is not None:
+        on_event({"event": "surgery", "stage": str(recipe.surgery)})
+        source = _operated(source, config, recipe.surgery, tokens, folder)
     outer = source.outer()
     hidden = _embed_all(outer, config, tokens)
     if not (folder / "outer").is_dir():
@@ -103,9 +111,9 @@ def quantize_model(
             params = jax.tree.map(jnp.asarray, params)
         else:
             begun = time.monotonic()
-            params, record = _quantize_block(source, index, recipe, hidden, weights, on_event)
+            params, record = _quantize_block(source, index, config, recipe, hidden, weights, on_event)
             record["seconds"] = time.monotonic() - begun
-            params = jax.tree.map(_storable, params, is_leaf=lambda leaf: isinstance(leaf, QArray))
+            params = _storable(params)
             checkpoint.save_block(folder, index, params, record)
         rows.extend(record["rows"])
         if index + 1 < config.num_layers:
@@ -204,7 +212,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _embed_all(outer: dict[str, Any], config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
     """Activations before the first block, float32 `[samples, seqlen, d]` on the host."""
-    table = jnp.asarray(_storable(outer["embed"]))
+    table = jnp.asarray(_storable({"embed": outer["embed"]})["embed"])
     rows = [
         np.asarray(embed({"embed": table}, config, jnp.asarray(tokens[part]))) for part in batches(tokens)
     ]
@@ -221,6 +229,15 @@ def _propagate(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool)
     )
     y, _, _ = block_forward(params, config, x.astype(config.dtype), sliding=sliding)
     return y.astype(jnp.float32)
+
+
+def _operated(
+    source: Source, config: ModelConfig, surgery: Surgery, tokens: np.ndarray, folder: Path
+) -> RotatedSource:
+    """The rotated model; its bases are kept in `folder` so that a resumed run finds the same."""
+    folded = RotatedSource(source, dataclasses.replace(source.config, tie_embeddings=False))
+    rotations = stored_rotations(folder / "rotations.npz", lambda: surgery.rotations(folded, tokens))
+    return RotatedSource(source, config, rotations)
 
 
 def _token_weights(
@@ -248,13 +265,14 @@ def _token_weights(
 def _quantize_block(
     source: Source,
     index: int,
+    config: ModelConfig,
     recipe: Recipe,
     hidden: np.ndarray,
     weights: list[TokenWeights] | None,
     on_event: Callable[[Event], None],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One block's parameters with packed kernels, and the record (rows, histograms) that goes with them."""
-    config, sliding = source.config, source.config.slides(index)
+    sliding = config.slides(index)
     original = params = jax.tree.map(jnp.asarray, source.block(index))
     record: dict[str, Any] = {"rows": [], "histograms": []}
     pictured = index in (0, config.num_layers // 2, config.num_layers - 1)
@@ -359,11 +377,17 @@ def _histogram(kernel: jax.Array, packed: QArray, module: str) -> Event:
 
 
 def _storable(tree: Any) -> Any:
-    """Unquantized matrices in 16 bits: bfloat16 if they come so, else float16 where their values fit it."""
+    """Unquantized matrices in 16 bits: bfloat16 if they come so, else float16 where their values fit it.
 
-    def cast(leaf: Any) -> Any:
-        if isinstance(leaf, QArray) or leaf.ndim < 2 or leaf.dtype == jnp.bfloat16:
+    What is done to keys at run time, a matrix a head, stays as it is.
+    """
+    largest = float(jnp.finfo(jnp.float16).max)
+
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        if isinstance(leaf, QArray) or jax.tree_util.keystr(path[-1:]) in _KEY_OPERATIONS:
             return leaf
-        return leaf.astype(jnp.float16) if abs(leaf).max() <= jnp.finfo(jnp.float16).max else leaf
+        if leaf.ndim < 2 or leaf.dtype == jnp.bfloat16:
+            return leaf
+        return leaf.astype(jnp.float16) if abs(leaf).max() <= largest else leaf
 
-    return jax.tree.map(cast, tree, is_leaf=lambda leaf: isinstance(leaf, QArray))
+    return jax.tree_util.tree_map_with_path(cast, tree, is_leaf=lambda leaf: isinstance(leaf, QArray))

@@ -11,7 +11,8 @@ from jaxquant.calibrate.collect import BATCH_TOKENS
 from jaxquant.errors import UsageError
 from jaxquant.io.checkpoint import PATHS
 from jaxquant.models.config import LINEARS, ModelConfig
-from jaxquant.recipe import RTN, Recipe
+from jaxquant.recipe import Recipe
+from jaxquant.stages import RTN
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +43,7 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
       UsageError: a group size does not divide the inputs of a linear (named), or blocks
         differ in a grid.
     """
+    config = recipe.runtime(config)
     shapes = {path: config.linear_shape(path) for path in PATHS}
     packed = 0.0
     for index in range(config.num_layers):

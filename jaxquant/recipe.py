@@ -2,10 +2,11 @@
 
     chain(OSAQ(eta=1e3), GPTQ(), CoordinateDescent(sweeps=4), grid=Grid(bits=2, group_size=64))
 
-A stage (see `stages`) is a frozen dataclass of options. A `Fold` changes a whole block, a `Transform` maps
-`Problem -> Problem`, a `Rounding` maps `Problem -> Rounded`, a `Refinement` maps `(Problem, Rounded) ->
-Rounded`; a chain has them in this order, with one rounding. A recipe is called with the problem of one layer,
-under `jit` and `vmap` too; it is JSON and TOML both ways.
+A stage (see `stages`) is a frozen dataclass of options. A `Surgery` rotates the model, a `Fold` changes a
+whole block, a `Transform` maps `Problem -> Problem`, a `Rounding` maps `Problem -> Rounded`, a `Refinement`
+maps `(Problem, Rounded) -> Rounded`; a chain has them in this order, with one rounding and at most one
+surgery. A recipe is called with the problem of one layer, under `jit` and `vmap` too; it is JSON and TOML
+both ways. Recipes with names are in `named`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import dataclasses
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,24 +25,24 @@ import jax.numpy as jnp
 from jaxquant.calibrate.moments import Mask
 from jaxquant.errors import InputError, UsageError
 from jaxquant.methods import Problem, Rounded, layer_error
-from jaxquant.quant import Grid
+from jaxquant.models.config import EXACT, ModelConfig, Precision
+from jaxquant.quant import ActivationGrid, Grid
 from jaxquant.stages import (
-    AWQ,
     GPTQ,
-    OSAQ,
     RTN,
     STAGES,
     Best,
-    CoordinateDescent,
     Fold,
-    MagR,
     Refinement,
     Refit,
     Rounding,
     Stage,
+    Surgery,
     Transform,
     register,
 )
+
+_S = TypeVar("_S", bound=Stage)
 
 #: What stands for the curvature of the loss.
 Hessian = Literal["input", "fisher"]
@@ -65,7 +66,8 @@ class Recipe:
 
     Attributes:
       grid: of the result.
-      stages: folds, transforms, one rounding, refinements.
+      stages: a surgery, folds, transforms, one rounding, refinements.
+      precision: what is quantized while the model runs, and while it is calibrated.
       true_sequential: linears of a block are calibrated with the block's earlier linears already quantized.
       hessian: `"input"`, `sum x x^T`; or `"fisher"`, the same with tokens weighted by the squared loss
         gradient at the layer's output (see `calibrate.fisher`).
@@ -75,6 +77,7 @@ class Recipe:
 
     grid: Grid
     stages: tuple[Stage, ...]
+    precision: Precision = EXACT
     true_sequential: bool = False
     hessian: Hessian = "input"
     mask: Mask = "none"
@@ -84,7 +87,19 @@ class Recipe:
         ranks = [_rank(stage) for stage in self.stages]
         if ranks != sorted(ranks) or ranks.count(_rank(RTN())) != 1:
             shown = ", ".join(map(str, self.stages)) or "nothing"
-            raise UsageError(f"a chain is folds, transforms, one rounding, refinements; got {shown}")
+            raise UsageError(
+                f"a chain is a surgery, folds, transforms, one rounding, refinements; got {shown}"
+            )
+        if len(surgeries := self._of(Surgery)) > 1:
+            raise UsageError(f"a model is rotated once; got {', '.join(map(str, surgeries))}")
+        if surgeries and self.folds:
+            raise UsageError(f"{self.folds[0]} scales inputs that {surgeries[0]} has rotated; leave one out")
+        if self.hessian == "fisher" and self.precision != EXACT:
+            raise UsageError(
+                "the Fisher Hessian needs gradients, and integers have none; leave precision out"
+            )
+        if self.precision.hidden_hadamard:
+            raise UsageError("precision: hidden_hadamard comes with a surgery; leave it out")
         if self.folds and self.true_sequential:
             raise UsageError(
                 f"{self.folds[0]} changes a block before it is rounded; leave true_sequential out"
@@ -96,11 +111,15 @@ class Recipe:
         for field, kind in (("hessian", Hessian), ("mask", Mask)):
             if (value := getattr(self, field)) not in get_args(kind):
                 raise UsageError(f"unknown {field} {value!r}; use {' or '.join(get_args(kind))}")
-        whole = [recipe for _, recipe in self.rules if recipe.folds or recipe.true_sequential]
+        whole = [
+            recipe
+            for _, recipe in self.rules
+            if recipe.folds or recipe.surgery or recipe.true_sequential or recipe.precision != EXACT
+        ]
         if whole or any((r.hessian, r.mask) != (self.hessian, self.mask) for _, r in self.rules):
             raise UsageError(
-                "folds, true_sequential, hessian and mask concern whole blocks; give them to the default "
-                "recipe (hessian and mask to the rules as well)"
+                "surgeries, folds, precision, true_sequential, hessian and mask concern whole blocks; give "
+                "them to the default recipe (hessian and mask to the rules as well)"
             )
 
     def __call__(self, problem: Problem) -> Rounded:
@@ -111,9 +130,30 @@ class Recipe:
         return _compiled(self.stages, problem)
 
     @property
+    def surgery(self) -> Surgery | None:
+        """The stage that rotates the model, if there is one; `at` leaves it out."""
+        return next(iter(self._of(Surgery)), None)
+
+    @property
     def folds(self) -> tuple[Fold, ...]:
         """The stages that change whole blocks; `at` leaves them out."""
-        return tuple(stage for stage in self.stages if isinstance(stage, Fold))
+        return self._of(Fold)
+
+    def runtime(self, config: ModelConfig) -> ModelConfig:
+        """The config of the quantized model.
+
+        Raises:
+          UsageError: groups of activations do not divide the channels.
+        """
+        precision = self.precision
+        if self.surgery is not None:
+            precision = dataclasses.replace(precision, hidden_hadamard=self.surgery.hidden_block(config))
+            config = dataclasses.replace(config, tie_embeddings=False)
+        precision.check(config)
+        return dataclasses.replace(config, precision=precision)
+
+    def _of(self, kind: type[_S]) -> tuple[_S, ...]:
+        return tuple(stage for stage in self.stages if isinstance(stage, kind))
 
     @property
     def holds_out(self) -> bool:
@@ -140,16 +180,18 @@ class Recipe:
                 return recipe.at(path)
         kept = []
         for stage in self.stages:
-            if isinstance(stage, Fold):
+            if isinstance(stage, (Surgery, Fold)):
                 continue
             if not isinstance(stage, Masked):
                 kept.append(stage)
             elif re.search(stage.pattern, path):
                 kept.append(stage.stage)
-        return dataclasses.replace(self, stages=tuple(kept), rules=())
+        return dataclasses.replace(self, stages=tuple(kept), precision=EXACT, rules=())
 
     def __str__(self) -> str:
         parts = [" + ".join(map(str, self.stages)), str(self.grid)]
+        if self.precision != EXACT:
+            parts.append(str(self.precision))
         if self.true_sequential:
             parts.append("true-sequential")
         if self.hessian != "input":
@@ -164,6 +206,7 @@ class Recipe:
         return {
             "grid": self.grid.to_dict(),
             "stages": [_stage_to_dict(stage) for stage in self.stages],
+            "precision": self.precision.to_dict(),
             "true_sequential": self.true_sequential,
             "hessian": self.hessian,
             "mask": self.mask,
@@ -183,6 +226,7 @@ class Recipe:
         return cls(
             grid=_build(Grid, "grid", fields.get("grid", {})),
             stages=tuple(_stage_from_dict(stage) for stage in fields.get("stages", ())),
+            precision=_precision(fields.get("precision", {})),
             **{name: fields[name] for name in ("true_sequential", "hessian", "mask") if name in fields},
             rules=tuple(
                 (_required(r, "pattern", "rule"), cls.from_dict(_required(r, "recipe", "rule")))
@@ -223,6 +267,7 @@ def read_toml(path: Path) -> Recipe:
 def chain(
     *stages: Stage,
     grid: Grid,
+    precision: Precision = EXACT,
     true_sequential: bool = False,
     hessian: Hessian = "input",
     mask: Mask = "none",
@@ -232,13 +277,20 @@ def chain(
     Raises:
       UsageError: another order, no rounding, or more than one.
     """
-    return Recipe(grid=grid, stages=stages, true_sequential=true_sequential, hessian=hessian, mask=mask)
+    return Recipe(
+        grid=grid,
+        stages=stages,
+        precision=precision,
+        true_sequential=true_sequential,
+        hessian=hessian,
+        mask=mask,
+    )
 
 
 def masked(stage: Stage, pattern: str) -> Masked:
     """`stage` only for modules in whose path the regular expression `pattern` is found."""
     _check_pattern(pattern)
-    if isinstance(stage, Fold):
+    if isinstance(stage, (Surgery, Fold)):
         raise UsageError(f"{stage} changes a whole block and cannot be masked")
     return Masked(stage, pattern)
 
@@ -248,41 +300,6 @@ def by_path(rules: Mapping[str, Recipe], default: Recipe) -> Recipe:
     for pattern in rules:
         _check_pattern(pattern)
     return dataclasses.replace(default, rules=(*rules.items(), *default.rules))
-
-
-def _osaq(bits: int) -> Best:
-    """Each bit divides the rounding error by about 4, and the price of output energy goes with it."""
-    eta = {1: 100.0, 2: 300.0, 3: 1e3}.get(bits, 3e3)
-    return Best((OSAQ(eta=eta),))
-
-
-#: Named recipes: their stages, given the GPTQ stage and the bits.
-NAMES: dict[str, Callable[[GPTQ, int], tuple[Stage, ...]]] = {
-    "rtn": lambda gptq, bits: (RTN(),),
-    "gptq": lambda gptq, bits: (gptq,),
-    "gptq-refit": lambda gptq, bits: (gptq, Refit()),
-    "gptq-cd": lambda gptq, bits: (gptq, CoordinateDescent()),
-    "awq-rtn": lambda gptq, bits: (AWQ(), RTN()),
-    "awq-gptq": lambda gptq, bits: (AWQ(), gptq),
-    "magr-rtn": lambda gptq, bits: (MagR(), RTN()),
-    "magr-gptq": lambda gptq, bits: (MagR(), gptq),
-    "osaq-rtn": lambda gptq, bits: (_osaq(bits), RTN()),
-    "osaq-gptq": lambda gptq, bits: (_osaq(bits), gptq),
-    "osaq-dagger": lambda gptq, bits: (_osaq(bits), gptq, CoordinateDescent()),
-    "osaq-refit": lambda gptq, bits: (_osaq(bits), gptq, Refit()),
-    "osaq-awq": lambda gptq, bits: (AWQ(), _osaq(bits), RTN()),
-}
-
-
-def named(name: str, grid: Grid, *, gptq: GPTQ | None = None, true_sequential: bool = False) -> Recipe:
-    """The recipe of that name on `grid`; `gptq` replaces its GPTQ stage where it has one.
-
-    Raises:
-      UsageError: there is no such name.
-    """
-    if name not in NAMES:
-        raise UsageError(f"unknown recipe {name!r}; use one of {', '.join(NAMES)}, or a .toml file")
-    return chain(*NAMES[name](gptq or GPTQ(), grid.bits), grid=grid, true_sequential=true_sequential)
 
 
 def _run(stages: tuple[Stage, ...], problem: Problem) -> Rounded:
@@ -317,9 +334,9 @@ def _against_target(problem: Problem, rounded: Rounded) -> Rounded:
 
 
 def _rank(stage: Stage) -> int:
-    """Place in a chain: folds, transforms, roundings, refinements."""
+    """Place in a chain: surgeries, folds, transforms, roundings, refinements."""
     stage = stage.stage if isinstance(stage, Masked) else stage
-    for rank, kind in enumerate((Fold, (Transform, Best), Rounding, Refinement)):
+    for rank, kind in enumerate((Surgery, Fold, (Transform, Best), Rounding, Refinement)):
         if isinstance(stage, kind):
             return rank
     raise UsageError(f"{stage!r} is no stage: derive it from Transform, Rounding or Refinement")
@@ -354,6 +371,17 @@ def _stage_from_dict(fields: Mapping[str, Any]) -> Stage:
         candidates = _required(options, "candidates", name)
         options["candidates"] = tuple(_stage_from_dict(candidate) for candidate in candidates)
     return _build(STAGES[name], name, options)
+
+
+def _precision(fields: Mapping[str, Any]) -> Precision:
+    known = {field.name for field in dataclasses.fields(Precision)}
+    if unknown := set(fields) - known:
+        raise UsageError(f"precision: unknown places {', '.join(sorted(unknown))}")
+    grids = {
+        name: _build(ActivationGrid, f"precision.{name}", value) if isinstance(value, Mapping) else value
+        for name, value in fields.items()
+    }
+    return Precision(**grids)
 
 
 def _required(fields: Mapping[str, Any], key: str, name: str) -> Any:

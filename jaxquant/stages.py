@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from jaxquant.calibrate.moments import Moments, merge
+from jaxquant.calibrate.offsets import offsets
 from jaxquant.errors import UsageError
+from jaxquant.io.source import Source
 from jaxquant.methods import (
     Problem,
+    Rotations,
     Rounded,
     awq,
     better_columns,
@@ -21,11 +25,16 @@ from jaxquant.methods import (
     gptq,
     layer_error,
     magr,
+    offq,
     osaq,
+    quarot,
     refit_grid,
     rtn,
 )
 from jaxquant.methods.gptq import Groups
+from jaxquant.methods.offq import Basis
+from jaxquant.methods.rotate import largest_block
+from jaxquant.models.config import ModelConfig
 from jaxquant.quant import Grid, working_dtype
 
 #: Registered stages by the name that files use.
@@ -63,6 +72,18 @@ class Refinement(Stage):
         raise NotImplementedError
 
 
+class Surgery(Stage):
+    """Puts a model into other bases before any of it is calibrated; see `methods.rotate`."""
+
+    def hidden_block(self, config: ModelConfig) -> int:
+        """Order of the Hadamard matrix on the inputs of `down` at run time; 0: none."""
+        raise NotImplementedError
+
+    def rotations(self, source: Source, tokens: np.ndarray) -> Rotations:
+        """The bases; `source` has its norms folded, `tokens` are the calibration windows."""
+        raise NotImplementedError
+
+
 class Fold(Stage):
     """Moves scales between the linears and norms of a block before any of it is rounded."""
 
@@ -86,6 +107,50 @@ def register(name: str) -> Callable[[_S], _S]:
         return stage
 
     return add
+
+
+@register("quarot")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuaRot(Surgery):
+    """Randomized Hadamard matrices; see `methods.rotate.quarot`."""
+
+    seed: int = 0
+
+    def hidden_block(self, config: ModelConfig) -> int:
+        """All inputs at once where there is such a matrix."""
+        return largest_block(config.intermediate_size)
+
+    def rotations(self, source: Source, tokens: np.ndarray) -> Rotations:
+        """See `methods.rotate.quarot`."""
+        return quarot(source.config, self.seed)
+
+    def __str__(self) -> str:
+        return "QuaRot"
+
+
+@register("offq")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OffQ(Surgery):
+    """Outlier directions turned into offsets of groups; options as in `methods.offq.offq`."""
+
+    group_size: int = 64
+    basis: Basis = "mixed"
+    sort: bool = True
+
+    def __post_init__(self) -> None:
+        if self.basis not in get_args(Basis):
+            raise UsageError(f"unknown basis {self.basis!r}; use {', '.join(get_args(Basis))}")
+
+    def hidden_block(self, config: ModelConfig) -> int:
+        """A group."""
+        return self.group_size
+
+    def rotations(self, source: Source, tokens: np.ndarray) -> Rotations:
+        """See `methods.offq.offq`; what it needs is collected from `tokens`."""
+        return offq(offsets(source, tokens), self.group_size, basis=self.basis, sort=self.sort)
+
+    def __str__(self) -> str:
+        return f"OffQ (g{self.group_size}, {self.basis} basis)"
 
 
 @register("rtn")

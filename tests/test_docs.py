@@ -12,7 +12,9 @@ import jaxquant
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/recipes.md", "docs/osaq.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/guide.md", "docs/recipes.md", "docs/osaq.md", "docs/offq.md"]
+)
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)

@@ -22,11 +22,13 @@ from jaxquant.calibrate.moments import observe
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.io import checkpoint, load_model
 from jaxquant.methods import layer_error
-from jaxquant.models.decoder import block, embed, forward, init_params
+from jaxquant.models.decoder import TAPS, block, embed, forward, init_params
+from jaxquant.named import named
 from jaxquant.pipeline import quantize_model, read_rows
 from jaxquant.plan import plan
 from jaxquant.quant import Grid, QArray
-from jaxquant.recipe import AWQ, GPTQ, RTN, Best, MagR, by_path, chain, masked, named
+from jaxquant.recipe import by_path, chain, masked
+from jaxquant.stages import AWQ, GPTQ, RTN, Best, MagR
 
 GRID = Grid(bits=3, group_size=16, clip="mse")
 RECIPE = named("gptq", GRID)
@@ -91,7 +93,7 @@ def test_errors_are_those_of_the_saved_weights_on_the_inputs_from_the_quantized_
     for index in range(3):
         original = jax.tree.map(lambda leaf, i=index: leaf[i], params["blocks"])
         packed = jax.tree.map(lambda leaf, i=index: leaf[i], quantized["blocks"])
-        _, _, taps = block(original, config, x, sliding=False, taps=True)
+        _, _, taps = block(original, config, x, sliding=False, taps=TAPS)
         for path, tap in (
             ("attn.k", "attn_in"),
             ("attn.o", "attn_out"),
@@ -149,7 +151,7 @@ def test_fisher_weights_enter_the_errors_and_are_kept_for_a_resumed_run(params, 
     weights = fisher_weights(MemorySource(params), tokens)
     x = embed({"embed": params["embed"].astype(jnp.float16)}, CONFIG, jnp.asarray(tokens))
     original = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
-    taps = block(original, CONFIG, x, sliding=False, taps=True)[2]
+    taps = block(original, CONFIG, x, sliding=False, taps=TAPS)[2]
     moments = observe(taps["attn_in"], weights=jnp.asarray(weights[0]["attn_in"]))
     saved, _ = checkpoint.load_block(tmp_path / "q", 0)
     error = layer_error(

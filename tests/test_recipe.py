@@ -13,27 +13,21 @@ import pytest
 from jaxquant.calibrate.moments import observe
 from jaxquant.errors import InputError, UsageError
 from jaxquant.methods import Problem, Rounded, gptq, layer_error, rtn
+from jaxquant.named import NAMES, named
 from jaxquant.quant import Grid
-from jaxquant.recipe import (
+from jaxquant.recipe import Recipe, by_path, chain, masked, read_toml, to_toml
+from jaxquant.stages import (
     AWQ,
     GPTQ,
-    NAMES,
     OSAQ,
     RTN,
     Best,
     CoordinateDescent,
     MagR,
-    Recipe,
     Refinement,
     Refit,
     Transform,
-    by_path,
-    chain,
-    masked,
-    named,
-    read_toml,
     register,
-    to_toml,
 )
 
 GRID = Grid(bits=3, group_size=16, clip="mse")

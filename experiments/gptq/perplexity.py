@@ -22,7 +22,8 @@ from jaxquant.evaluate import perplexity
 from jaxquant.io import load_checkpoint, load_params, open_model
 from jaxquant.pipeline import quantize_model, versions
 from jaxquant.quant import Grid
-from jaxquant.recipe import GPTQ, RTN, chain
+from jaxquant.recipe import chain
+from jaxquant.stages import GPTQ, RTN
 
 RESULTS = Path(__file__).parent / "results"
 # Clip rule and rounding.

@@ -15,7 +15,8 @@ from pathlib import Path
 from table import RESULTS, SAMPLES, Bench
 
 from jaxquant.quant import Grid
-from jaxquant.recipe import GPTQ, OSAQ, Best, Recipe, chain
+from jaxquant.recipe import Recipe, chain
+from jaxquant.stages import GPTQ, OSAQ, Best
 
 GRID = Grid(bits=3, clip="mse")
 STRENGTH = 1e3

@@ -28,9 +28,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from jaxquant.calibrate.text import eval_windows, read_text, windows
 from jaxquant.evaluate import perplexity
 from jaxquant.io import load_checkpoint, load_params, open_model
+from jaxquant.named import named
 from jaxquant.pipeline import quantize_model, read_rows, versions
 from jaxquant.quant import Grid
-from jaxquant.recipe import GPTQ, Recipe, named
+from jaxquant.recipe import Recipe
+from jaxquant.stages import GPTQ
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLES, SEQLEN, WINDOWS = 24, 512, 12

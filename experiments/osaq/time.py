@@ -31,9 +31,9 @@ from jaxquant.calibrate.moments import merge, observe
 from jaxquant.calibrate.text import read_text, windows
 from jaxquant.io import open_model
 from jaxquant.methods import Problem
+from jaxquant.named import named
 from jaxquant.pipeline import quantize_model, versions
 from jaxquant.quant import Grid
-from jaxquant.recipe import named
 
 SHAPES = [(576, 576), (576, 1536), (1536, 576), (4096, 4096)]
 NAMES = ("gptq", "osaq-gptq")

@@ -110,7 +110,7 @@ def _observe_block(
     taps: tuple[str, ...],
     mask: Mask,
 ) -> dict[str, Moments]:
-    _, _, tapped = block(params, config, x.astype(config.dtype), sliding=sliding, taps=True)
+    _, _, tapped = block(params, config, x.astype(config.dtype), sliding=sliding, taps=taps)
     return {tap: _observe(tapped[tap], mask, None if weights is None else weights[tap]) for tap in taps}
 
 

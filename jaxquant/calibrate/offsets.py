@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.calibrate.collect import batches
+from jaxquant.io.source import Source
 from jaxquant.models.config import ModelConfig
-from jaxquant.models.decoder import reduce_taps
+from jaxquant.models.decoder import block, embed
 
 _STREAM = ("attn_in", "mlp_in")
 
@@ -39,67 +40,62 @@ class Offsets:
     hidden_peak: np.ndarray
 
 
-def offsets(params: dict[str, Any], config: ModelConfig, tokens: np.ndarray) -> Offsets:
-    """Collects `Offsets` of the float model as it is; fold its norms first.
+def offsets(source: Source, tokens: np.ndarray) -> Offsets:
+    """Collects `Offsets` of the model as it is, a block at a time; its norms should be folded.
 
     Args:
+      source: the model.
       tokens: int32 `[samples, seqlen]`; every sample is a sequence with one largest token.
     """
-    parts = [_reduce(params, config, jnp.asarray(tokens[part])) for part in batches(tokens)]
-    sums = functools.reduce(_add, (jax.tree.map(_wide, part) for part in parts))
-    top, everything = (
-        np.mean([_mean_site(sums[tap][kind]) for tap in _STREAM], axis=0) for kind in ("top", "all")
+    config, count = source.config, tokens.size
+    outer = {"embed": jnp.asarray(source.outer()["embed"])}
+    hidden = np.concatenate(
+        [np.asarray(embed(outer, config, jnp.asarray(tokens[part]))) for part in batches(tokens)]
     )
-    count = tokens.size
-    mean = sums["keys"]["sum"] / count
-    keys = sums["keys"]["second"] / count - mean[..., :, None] * mean[..., None, :]
+    layers = []
+    for index in range(config.num_layers):
+        params = jax.tree.map(jnp.asarray, source.block(index))
+        sums = []
+        for part in batches(hidden):
+            hidden[part], reduced = _reduce_block(params, config, hidden[part], sliding=config.slides(index))
+            sums.append({name: np.asarray(leaf, np.float64) for name, leaf in reduced.items()})
+        layers.append(functools.reduce(_add, sums))
+    stacked = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+    mean = stacked["keys_sum"] / count
     return Offsets(
-        top=top,
-        all=everything,
-        values=sums["values"]["second"] / count,
-        keys=keys,
+        top=np.mean([_mean_site(stacked[f"{tap}_top"]) for tap in _STREAM], axis=0),
+        all=np.mean([_mean_site(stacked[f"{tap}_all"]) for tap in _STREAM], axis=0),
+        values=stacked["values_second"] / count,
+        keys=stacked["keys_second"] / count - mean[..., :, None] * mean[..., None, :],
         key_mean=mean,
-        hidden_peak=sums["mlp_hidden"]["peak"],
+        hidden_peak=stacked["hidden_peak"],
     )
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _reduce(params: dict[str, Any], config: ModelConfig, tokens: jax.Array) -> dict[str, Any]:
-    reduced = reduce_taps(params, config, tokens, _largest_and_all, taps=_STREAM)
-    heads = functools.partial(_per_head, heads=config.num_kv_heads)
-    reduced |= reduce_taps(params, config, tokens, heads, taps=("keys", "values"))
-    return reduced | reduce_taps(params, config, tokens, _peak, taps=("mlp_hidden",))
+@functools.partial(jax.jit, static_argnames=("config", "sliding"))
+def _reduce_block(
+    params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The block's output, and its sums over the tokens of the batch."""
+    taps = (*_STREAM, "mlp_hidden", "keys", "values")
+    y, _, read = block(params, config, x, sliding=sliding, taps=taps)
+    read = {tap: values.astype(jnp.float32) for tap, values in read.items()}
+    sums = {"hidden_peak": jnp.max(jnp.abs(read["mlp_hidden"]), axis=(0, 1))}
+    for tap in _STREAM:
+        values = read[tap]
+        at = jnp.argmax(jnp.max(jnp.abs(values), axis=-1), axis=-1)
+        top = jnp.take_along_axis(values, at[:, None, None], axis=1)[:, 0]
+        for kind, rows in (("top", top), ("all", values.reshape(-1, values.shape[-1]))):
+            sums[f"{tap}_{kind}"] = jnp.matmul(rows.T, rows, precision="highest")
+    for tap in ("keys", "values"):
+        heads = read[tap].reshape(-1, config.num_kv_heads, config.head_dim)
+        sums[f"{tap}_second"] = jnp.einsum("thi,thj->hij", heads, heads, precision="highest")
+        sums[f"{tap}_sum"] = jnp.sum(heads, axis=0)
+    return y, sums
 
 
-def _largest_and_all(x: jax.Array) -> dict[str, jax.Array]:
-    x = x.astype(jnp.float32)
-    at = jnp.argmax(jnp.max(jnp.abs(x), axis=-1), axis=-1)
-    top = jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
-    flat = x.reshape(-1, x.shape[-1])
-    return {kind: jnp.matmul(a.T, a, precision="highest") for kind, a in (("top", top), ("all", flat))}
-
-
-def _per_head(x: jax.Array, *, heads: int) -> dict[str, jax.Array]:
-    x = x.astype(jnp.float32).reshape(-1, heads, x.shape[-1] // heads)
-    return {"sum": jnp.sum(x, axis=0), "second": jnp.einsum("thi,thj->hij", x, x, precision="highest")}
-
-
-def _peak(x: jax.Array) -> dict[str, jax.Array]:
-    return {"peak": jnp.max(jnp.abs(x), axis=(0, 1)).astype(jnp.float32)}
-
-
-def _wide(leaf: jax.Array) -> np.ndarray:
-    return np.asarray(leaf, np.float64)
-
-
-def _add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    return {
-        tap: {
-            name: np.maximum(x, b[tap][name]) if name == "peak" else x + b[tap][name]
-            for name, x in own.items()
-        }
-        for tap, own in a.items()
-    }
+def _add(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: (np.maximum if name == "hidden_peak" else np.add)(a[name], b[name]) for name in a}
 
 
 def _mean_site(second: np.ndarray) -> np.ndarray:

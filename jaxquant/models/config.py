@@ -60,6 +60,32 @@ class Precision:
     values: ActivationGrid | None = None
     hidden_hadamard: int = 0
 
+    @classmethod
+    def uniform(cls, activations: ActivationGrid | None, cache: ActivationGrid | None) -> Precision:
+        """One grid for what all linears read and one for keys and values; `None`: not quantized."""
+        sites = {tap: activations for tap, _ in LINEARS}
+        return cls(**sites, keys=cache, values=cache)  # pyright: ignore[reportArgumentType]
+
+    def check(self, config: ModelConfig) -> None:
+        """That the groups divide the channels of the model.
+
+        Raises:
+          UsageError: they do not, somewhere; names the place.
+        """
+        widths = {tap: config.linear_shape(paths[0])[0] for tap, paths in LINEARS}
+        for name, width in {**widths, "keys": config.head_dim, "values": config.head_dim}.items():
+            grid: ActivationGrid | None = getattr(self, name)
+            if grid is not None:
+                grid.groups(width, where=name)
+
+    def __str__(self) -> str:
+        grids = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        named: dict[str, list[str]] = {}
+        for name, grid in grids.items():
+            if isinstance(grid, ActivationGrid):
+                named.setdefault(str(grid), []).append(name)
+        return "; ".join(f"{' '.join(names)}: {grid}" for grid, names in named.items())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without what is not set; `from_dict` inverts it."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -74,6 +100,10 @@ class Precision:
         """The precision that `to_dict` wrote."""
         grids = {name: ActivationGrid(**value) for name, value in fields.items() if isinstance(value, dict)}
         return cls(**{**fields, **grids})
+
+
+#: Nothing is quantized while the model runs.
+EXACT = Precision()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +157,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
     add_bos: bool = False
     dtype: str = "float32"
-    precision: Precision = Precision()
+    precision: Precision = EXACT
 
     def linear_shape(self, path: str) -> tuple[int, int]:
         """`(in, out)` of the linear at `path` (see `LINEARS`)."""
@@ -146,7 +176,7 @@ class ModelConfig:
         """Plain JSON types; `from_dict` inverts it. A precision that quantizes nothing is left out."""
         fields = dataclasses.asdict(self)
         del fields["precision"]
-        return fields | ({"precision": self.precision.to_dict()} if self.precision != Precision() else {})
+        return fields | ({"precision": self.precision.to_dict()} if self.precision != EXACT else {})
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:

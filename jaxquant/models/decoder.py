@@ -57,7 +57,7 @@ def block(
     sliding: bool | jax.Array,
     positions: jax.Array | None = None,
     cache: KVCache | None = None,
-    taps: bool = False,
+    taps: Sequence[str] = (),
 ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
     """One block: `x + attention(norm(x))`, then `x + mlp(norm(x))`.
 
@@ -67,14 +67,15 @@ def block(
       sliding: whether this block's attention is windowed; a Python bool skips the masked work.
       positions: int32 `[T]`, where the rotation places the tokens; by default they follow the cache.
       cache: this block's cache (leaves without the layer axis); `x` is appended to it.
-      taps: also return what the linears read.
+      taps: which of `TAPS` and `CACHE_TAPS` to return.
 
     Returns:
       The activations `[B, T, d]`, the updated cache, and the taps: `attn_in` `[B, T, d]` (q, k, v),
-      `attn_out` `[B, T, H * head_dim]` (o), `mlp_in` `[B, T, d]` (gate, up), `mlp_hidden` `[B, T, f]` (down).
+      `attn_out` `[B, T, H * head_dim]` (o), `mlp_in` `[B, T, d]` (gate, up), `mlp_hidden` `[B, T, f]` (down),
+      `keys` and `values` `[B, T, KV * head_dim]` as a cache keeps them.
     """
     rotations = _rotations(config, _positions(x.shape[1], cache) if positions is None else positions)
-    return _block(block_params, config, x, sliding, rotations, cache, TAPS if taps else ())
+    return _block(block_params, config, x, sliding, rotations, cache, tuple(taps))
 
 
 def final_hidden(

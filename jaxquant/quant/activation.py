@@ -53,8 +53,8 @@ class ActivationGrid:
         if self.range not in get_args(Range):
             raise UsageError(f"unknown activation range {self.range!r}; use {' or '.join(get_args(Range))}")
 
-    def groups(self, channels: int) -> int:
-        """Groups of a token.
+    def groups(self, channels: int, *, where: str = "") -> int:
+        """Groups of a token; `where` names the place in an error.
 
         Raises:
           UsageError: the group size does not divide `channels`.
@@ -62,9 +62,10 @@ class ActivationGrid:
         size = self.group_size or channels
         if channels % size:
             divisors = [d for d in range(16, channels) if channels % d == 0][:6]
+            place = f"{where}: " if where else ""
             raise UsageError(
-                f"{channels} channels are not divisible by the activation group_size={size}; use one of "
-                f"{', '.join(map(str, divisors))}, or None"
+                f"{place}{channels} channels are not divisible by the activation group_size={size}; "
+                f"use one of {', '.join(map(str, divisors))}, or None"
             )
         return channels // size
 

@@ -13,8 +13,8 @@ from jaxquant.calibrate.collect import batches, block_moments, model_moments
 from jaxquant.calibrate.moments import massive_tokens
 from jaxquant.methods import Problem
 from jaxquant.models.decoder import TAPS, block, embed, forward, init_params
+from jaxquant.named import named
 from jaxquant.quant import Grid
-from jaxquant.recipe import named
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def first_block(params):
 
 
 def taps_of(params, hidden):
-    return block(first_block(params), CONFIG, jnp.asarray(hidden), sliding=False, taps=True)[2]
+    return block(first_block(params), CONFIG, jnp.asarray(hidden), sliding=False, taps=TAPS)[2]
 
 
 def assert_second(moments, x, weights=None):

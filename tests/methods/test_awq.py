@@ -34,7 +34,7 @@ GEMMA = dataclasses.replace(GROUPED, num_kv_heads=4, norm_plus_one=True, post_no
 CONFIGS = {"grouped heads": GROUPED, "equal heads, biases": EQUAL, "gemma": GEMMA}
 GRID = Grid(bits=3, group_size=16)
 
-run = jax.jit(lambda p, config, x: block(p, config, x, sliding=False, taps=True), static_argnums=1)
+run = jax.jit(lambda p, config, x: block(p, config, x, sliding=False, taps=TAPS), static_argnums=1)
 
 
 def blocks_of(config, seed=0):

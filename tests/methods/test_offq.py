@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import MemorySource
 from tiny_families import RAW, tiny_config, tiny_params, tiny_tokens
 
 from jaxquant.calibrate.offsets import offsets
@@ -27,7 +28,7 @@ def folded(name: str):
 @pytest.fixture(scope="module")
 def llama():
     params, config, tokens = folded("llama3")
-    return params, config, tokens, offsets(params, config, tokens)
+    return params, config, tokens, offsets(MemorySource(params, config), tokens)
 
 
 def test_offsets_against_numpy(llama):
@@ -63,7 +64,7 @@ def test_offsets_against_numpy(llama):
 def test_the_function_is_preserved(name):
     params, config, tokens = folded(name)
     before = forward(params, config, jnp.asarray(tokens)).logits
-    rotations = offq(offsets(params, config, tokens), GROUP)
+    rotations = offq(offsets(MemorySource(params, config), tokens), GROUP)
     for matrix in (rotations.residual, rotations.values, rotations.keys):
         assert matrix is not None
         error = np.swapaxes(matrix, -1, -2) @ matrix - np.eye(matrix.shape[-1])
@@ -119,8 +120,11 @@ def test_outlier_tokens_survive_4_bits_better_than_in_random_rotations(llama):
     grid = ActivationGrid(bits=4, group_size=GROUP)
     errors = {}
     for name, rotations in (
-        ("offq", offq(offsets(params, config, tokens), GROUP)),
-        ("unsorted", offq(offsets(params, config, tokens), GROUP, basis="identity", sort=False)),
+        ("offq", offq(offsets(MemorySource(params, config), tokens), GROUP)),
+        (
+            "unsorted",
+            offq(offsets(MemorySource(params, config), tokens), GROUP, basis="identity", sort=False),
+        ),
         ("quarot", quarot(config, 0)),
     ):
         x = forward(*rotate(params, config, rotations), jnp.asarray(tokens), taps=("attn_in",)).taps[

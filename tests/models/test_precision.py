@@ -78,7 +78,7 @@ def test_a_block_alone_is_that_of_the_model(llama):
     config = dataclasses.replace(config, precision=ALL)
     x = jnp.take(jnp.asarray(params["embed"]), tokens, axis=0)
     first = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), params["blocks"])
-    _, _, taps = block(first, config, x, sliding=False, taps=True)
+    _, _, taps = block(first, config, x, sliding=False, taps=TAPS)
     both = forward(params, config, tokens, taps=tuple(taps)).taps
     for tap, values in taps.items():
         np.testing.assert_allclose(values, both[tap][0], atol=1e-5)

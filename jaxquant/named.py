@@ -1,0 +1,84 @@
+"""Recipes by name: the baselines, the methods, and their combinations as they are usually compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+from jaxquant.errors import UsageError
+from jaxquant.models.config import Precision
+from jaxquant.quant import ActivationGrid, Grid
+from jaxquant.recipe import Recipe, chain
+from jaxquant.stages import AWQ, GPTQ, OSAQ, RTN, Best, CoordinateDescent, MagR, OffQ, QuaRot, Refit, Stage
+
+
+def _osaq(bits: int) -> Best:
+    """Each bit divides the rounding error by about 4, and the price of output energy goes with it."""
+    eta = {1: 100.0, 2: 300.0, 3: 1e3}.get(bits, 3e3)
+    return Best((OSAQ(eta=eta),))
+
+
+#: How the names of recipes that quantize activations and caches are made.
+ROTATED = "{rtn,quarot,offq}-wXaYkvZ"
+# Share of the range of activations that is kept, for all recipes alike.
+_CLIP = 0.95
+
+#: Named recipes: their stages, given the GPTQ stage and the bits.
+NAMES: dict[str, Callable[[GPTQ, int], tuple[Stage, ...]]] = {
+    "rtn": lambda gptq, bits: (RTN(),),
+    "gptq": lambda gptq, bits: (gptq,),
+    "gptq-refit": lambda gptq, bits: (gptq, Refit()),
+    "gptq-cd": lambda gptq, bits: (gptq, CoordinateDescent()),
+    "awq-rtn": lambda gptq, bits: (AWQ(), RTN()),
+    "awq-gptq": lambda gptq, bits: (AWQ(), gptq),
+    "magr-rtn": lambda gptq, bits: (MagR(), RTN()),
+    "magr-gptq": lambda gptq, bits: (MagR(), gptq),
+    "osaq-rtn": lambda gptq, bits: (_osaq(bits), RTN()),
+    "osaq-gptq": lambda gptq, bits: (_osaq(bits), gptq),
+    "osaq-dagger": lambda gptq, bits: (_osaq(bits), gptq, CoordinateDescent()),
+    "osaq-refit": lambda gptq, bits: (_osaq(bits), gptq, Refit()),
+    "osaq-awq": lambda gptq, bits: (AWQ(), _osaq(bits), RTN()),
+}
+
+
+def named(name: str, grid: Grid, *, gptq: GPTQ | None = None, true_sequential: bool = False) -> Recipe:
+    """The recipe of that name on `grid`; `gptq` replaces its GPTQ stage where it has one.
+
+    Names such as `offq-w4a4kv4` state the bits of weights, activations and cache themselves (16: as they
+    are); the grid's group size is that of the activations too.
+
+    Raises:
+      UsageError: there is no such name.
+    """
+    if (rotated := _rotated(name, grid, gptq or GPTQ())) is not None:
+        stages, grid, precision = rotated
+        return chain(*stages, grid=grid, precision=precision, true_sequential=true_sequential)
+    if name not in NAMES:
+        raise UsageError(
+            f"unknown recipe {name!r}; use one of {', '.join(NAMES)}, {ROTATED}, or a .toml file"
+        )
+    return chain(*NAMES[name](gptq or GPTQ(), grid.bits), grid=grid, true_sequential=true_sequential)
+
+
+def _rotated(name: str, grid: Grid, gptq: GPTQ) -> tuple[tuple[Stage, ...], Grid, Precision] | None:
+    """Stages, grid and precision of a name such as `offq-w4a4kv4`; `None` for other names."""
+    found = re.fullmatch(r"(rtn|quarot|offq)-w(\d+)a(\d+)kv(\d+)", name)
+    if found is None:
+        return None
+    weight, activation, cache = (int(bits) for bits in found.groups()[1:])
+    if weight > 8:
+        raise UsageError(f"{name}: weights take 1 to 8 bits; evaluate the original model for more")
+    size = grid.group_size or 0
+    stages = {
+        "rtn": (RTN(),),
+        "quarot": (QuaRot(), gptq),
+        "offq": (OffQ(group_size=size), gptq),
+    }
+    if found[1] == "offq" and not size:
+        raise UsageError(f"{name} needs groups: give a group_size that divides the channels")
+    activations = (
+        None if activation == 16 else ActivationGrid(bits=activation, group_size=size or None, clip=_CLIP)
+    )
+    heads = None if cache == 16 else ActivationGrid(bits=cache, clip=_CLIP)
+    return stages[found[1]], dataclasses.replace(grid, bits=weight), Precision.uniform(activations, heads)

@@ -1,0 +1,170 @@
+"""Rotated and quantized activations through the whole pipeline, on a small random model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_model import CONFIG, MemorySource
+
+from jaxquant.errors import UsageError
+from jaxquant.io import checkpoint
+from jaxquant.models import Precision
+from jaxquant.models.decoder import forward, init_params
+from jaxquant.named import named
+from jaxquant.pipeline import quantize_model
+from jaxquant.plan import plan
+from jaxquant.quant import ActivationGrid, Grid, QArray
+from jaxquant.recipe import Recipe, by_path, chain, read_toml, to_toml
+from jaxquant.stages import AWQ, GPTQ, OSAQ, RTN, OffQ, QuaRot
+from jaxquant.surgery import RotatedSource
+
+GRID = Grid(bits=4, group_size=16, clip="mse")
+
+
+@pytest.fixture(scope="module")
+def params():
+    params = init_params(jax.random.key(0), CONFIG)
+    gains = jax.random.uniform(jax.random.key(2), params["blocks"]["mlp_norm"].shape, minval=0.5, maxval=2)
+    params["blocks"]["mlp_norm"] = gains
+    # A direction that all tokens share, much stronger than the rest.
+    return {**params, "embed": params["embed"].at[:, 3].add(3.0)}
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.asarray(jax.random.randint(jax.random.key(1), (4, 24), 0, 64), np.int32)
+
+
+@pytest.mark.parametrize("name", ["offq-w8a16kv16", "quarot-w8a16kv16"])
+def test_8_bits_of_a_rotated_model_are_near_the_original(name, params, tokens, tmp_path):
+    recipe = named(name, GRID)
+    quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q")
+    loaded, config = checkpoint.load_checkpoint(tmp_path / "q")
+    assert config == recipe.runtime(CONFIG)
+    assert config.precision.hidden_hadamard == (16 if "offq" in name else 48)
+    assert isinstance(loaded["blocks"]["attn"]["q"]["kernel"], QArray)
+    assert loaded["blocks"]["attn"]["key_rotation"].dtype == jnp.float32
+    before = forward(params, CONFIG, jnp.asarray(tokens)).logits
+    after = forward(loaded, config, jnp.asarray(tokens)).logits
+    assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) < 0.02
+
+
+def test_offq_beats_quarot_and_no_rotation_at_4_bits(params, tokens, tmp_path):
+    before = forward(params, CONFIG, jnp.asarray(tokens)).logits
+    errors = {}
+    for name in ("rtn", "quarot", "offq"):
+        quantize_model(MemorySource(params), named(f"{name}-w8a4kv4", GRID), tokens, tmp_path / name)
+        after = forward(*checkpoint.load_checkpoint(tmp_path / name), jnp.asarray(tokens)).logits
+        errors[name] = float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before))
+    assert errors["offq"] < 0.9 * errors["quarot"]
+    assert errors["offq"] < 0.9 * errors["rtn"]
+
+
+def test_calibration_sees_quantized_activations(params, tokens, tmp_path):
+    """At 2 bits the Hessian of the first linear is of inputs on a grid, and the error is measured on them."""
+    grids = Precision(attn_in=ActivationGrid(bits=2, group_size=16))
+    errors = []
+    for precision in (Precision(), grids):
+        recipe = chain(RTN(), grid=GRID, precision=precision)
+        events: list[dict] = []
+        quantize_model(
+            MemorySource(params), recipe, tokens, tmp_path / str(len(errors)), on_event=events.append
+        )
+        rows = {event["module"]: event["error"] for event in events if event["event"] == "row"}
+        errors.append(rows)
+    assert errors[0]["blocks.0.attn.q"] != errors[1]["blocks.0.attn.q"]
+
+
+def test_a_resumed_run_finds_the_same_bases(params, tokens, tmp_path):
+    recipe = chain(
+        OffQ(group_size=16), OSAQ(eta=3e3), GPTQ(), grid=GRID, precision=named("offq-w4a4kv4", GRID).precision
+    )
+    quantize_model(MemorySource(params), recipe, tokens, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(
+            MemorySource(params, fail_at=None), recipe, tokens, tmp_path / "part", on_event=_stop_at_1
+        )
+    assert (tmp_path / "part" / "rotations.npz").is_file()
+    quantize_model(MemorySource(params), recipe, tokens, tmp_path / "part", resume=True)
+    whole, part = (jax.tree.leaves(checkpoint.load_checkpoint(tmp_path / n)[0]) for n in ("whole", "part"))
+    for a, b in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _stop_at_1(event):
+    if event["event"] == "row" and event["block"] == 1:
+        raise KeyboardInterrupt
+
+
+def test_a_folded_source_is_the_same_model(params, tokens):
+    config = dataclasses.replace(CONFIG, tie_embeddings=False)
+    source = RotatedSource(MemorySource(params), config)
+    blocks = [source.block(index) for index in range(CONFIG.num_layers)]
+    assert all(np.all(block["mlp_norm"] == 1) for block in blocks)
+    folded = {**source.outer(), "blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
+    before, after = (
+        forward(p, c, jnp.asarray(tokens)).logits for p, c in ((params, CONFIG), (folded, config))
+    )
+    np.testing.assert_allclose(after, before, atol=1e-4)
+    assert source.fingerprint() == MemorySource(params).fingerprint()
+
+
+@pytest.mark.parametrize("name", ["offq-w4a4kv4", "quarot-w8a8kv16", "rtn-w3a16kv4"])
+def test_named_recipes_survive_toml(name, tmp_path):
+    recipe = named(name, GRID)
+    (tmp_path / "r.toml").write_text(to_toml(recipe))
+    assert read_toml(tmp_path / "r.toml") == recipe
+    bits = [int(b) for b in name.split("-w")[1].replace("kv", " ").replace("a", " ").split()]
+    assert recipe.grid.bits == bits[0]
+    for grid, expected in ((recipe.precision.mlp_in, bits[1]), (recipe.precision.keys, bits[2])):
+        assert (16 if grid is None else grid.bits) == expected
+    assert str(recipe.precision) in str(recipe)
+
+
+def test_the_plan_counts_the_untied_head():
+    tied, untied = (plan(CONFIG, named(n, GRID), samples=4, seqlen=24) for n in ("gptq", "quarot-w4a4kv4"))
+    assert untied.output_bytes - tied.output_bytes == 2 * CONFIG.vocab_size * CONFIG.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: chain(QuaRot(), OffQ(), RTN(), grid=GRID), "a model is rotated once; got QuaRot, OffQ"),
+        (lambda: chain(QuaRot(), AWQ(), RTN(), grid=GRID), "scales inputs that QuaRot has rotated"),
+        (lambda: by_path({"mlp": named("quarot-w4a4kv4", GRID)}, named("rtn", GRID)), "concern whole blocks"),
+        (
+            lambda: chain(RTN(), grid=GRID, precision=Precision(hidden_hadamard=16)),
+            "hidden_hadamard comes with a surgery",
+        ),
+        (
+            lambda: chain(
+                RTN(), grid=GRID, hessian="fisher", precision=Precision(keys=ActivationGrid(bits=4))
+            ),
+            "the Fisher Hessian needs gradients",
+        ),
+        (lambda: OffQ(basis="pca"), "unknown basis 'pca'"),
+        (lambda: named("offq-w4a4kv4", Grid(bits=4)), "offq-w4a4kv4 needs groups"),
+        (lambda: named("quarot-w16a4kv4", GRID), "weights take 1 to 8 bits"),
+        (lambda: named("offq-w4a1kv4", GRID), "activation bits=1 is out of range"),
+        (lambda: named("spin-w4a4kv4", GRID), "unknown recipe 'spin-w4a4kv4'"),
+        (
+            lambda: Recipe.from_dict({"stages": [{"stage": "rtn"}], "precision": {"k": {}}}),
+            "unknown places k",
+        ),
+        (
+            lambda: Recipe.from_dict({"stages": [{"stage": "rtn"}], "precision": {"keys": {"bit": 4}}}),
+            "precision.keys: unknown options bit",
+        ),
+        (
+            lambda: plan(CONFIG, named("offq-w4a4kv4", Grid(bits=4, group_size=32)), samples=1, seqlen=8),
+            "mlp_hidden: 48 channels are not divisible by the activation group_size=32",
+        ),
+    ],
+)
+def test_bad_recipes_are_refused(make, message):
+    with pytest.raises(UsageError, match=message):
+        make()
