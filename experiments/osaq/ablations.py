@@ -10,14 +10,18 @@ table.py. Rows are added to results/ablations.json one by one; those already the
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from table import RESULTS, SAMPLES, Bench
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from windows import SAMPLES, Bench
 
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe, chain
 from jaxquant.stages import GPTQ, OSAQ, Best
 
+RESULTS = Path(__file__).parent / "results"
 GRID = Grid(bits=3, clip="mse")
 STRENGTH = 1e3
 

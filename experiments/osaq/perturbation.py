@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import jax.numpy as jnp
-from table import RESULTS, Bench
+from windows import Bench
 
 from jaxquant.calibrate.collect import model_moments
 from jaxquant.evaluate import perplexity
@@ -27,6 +29,8 @@ from jaxquant.io import load_params
 from jaxquant.methods import Problem, layer_error, osaq
 from jaxquant.models.config import LINEARS
 from jaxquant.quant import Grid
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def ranges(w: jax.Array, grid: Grid) -> jax.Array:

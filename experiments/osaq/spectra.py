@@ -16,16 +16,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from table import RESULTS, Bench
+from windows import Bench
 
 from jaxquant.calibrate.collect import model_moments
 from jaxquant.calibrate.moments import Moments
@@ -40,6 +42,8 @@ import matplotlib.pyplot as plt
 
 ENERGIES = (1e-3, 1e-2)
 COLORS = {"attn_in": "#4269d0", "attn_out": "#efb118", "mlp_in": "#ff725c", "mlp_hidden": "#3ca951"}
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:

@@ -13,29 +13,23 @@ is made from the JSON.
 from __future__ import annotations
 
 import argparse
-import collections
-import dataclasses
-import hashlib
-import json
 import os
 import statistics
-import tempfile
+import sys
 from pathlib import Path
 
 # Before JAX loads LAPACK, whose threads spin while others hold the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from jaxquant.calibrate.text import eval_windows, read_text, windows
-from jaxquant.evaluate import perplexity
-from jaxquant.io import load_checkpoint, load_params, open_model
+from windows import Bench, mean
+
 from jaxquant.named import named
-from jaxquant.pipeline import quantize_model, read_rows, versions
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe
 from jaxquant.stages import GPTQ
 
 RESULTS = Path(__file__).parent / "results"
-SAMPLES, SEQLEN, WINDOWS = 24, 512, 12
 PLAIN = GPTQ(act_order=False)
 #: Row: named recipe, clip rule, GPTQ's options. "strong" rows: clip search, act-order with static groups.
 METHODS: dict[str, tuple[str, str, GPTQ | None]] = {
@@ -60,72 +54,6 @@ METHODS: dict[str, tuple[str, str, GPTQ | None]] = {
 def recipe_of(method: str, bits: int, group_size: int) -> Recipe:
     name, clip, gptq = METHODS[method]
     return named(name, Grid(bits=bits, group_size=group_size or None, clip=clip), gptq=gptq)  # pyright: ignore[reportArgumentType]
-
-
-@dataclasses.dataclass
-class Bench:
-    """The model, its evaluation windows, and the results so far."""
-
-    data: Path
-    path: Path
-
-    def __post_init__(self) -> None:
-        self.source = open_model("smollm2-135m")
-        tokenizer, config = self.source.tokenizer(), self.source.config
-        texts = {"wikitext2": "wikitext2/wiki.test.raw", "c4": "c4/c4_eval.jsonl"}
-        self.windows = {
-            name: eval_windows(
-                read_text(str(self.data / file)), tokenizer, config, seqlen=SEQLEN, limit=WINDOWS
-            )
-            for name, file in texts.items()
-        }
-        self.train = self.data / "wikitext2" / "wiki.train.part.raw"
-        self.rows: list[dict] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
-        params = load_params(self.source)
-        self.protocol = {
-            "model": self.source.name,
-            "fingerprint": self.source.fingerprint(),
-            "calibration": f"{self.train.name} sha256 {_sha256(self.train)}",
-            "samples": SAMPLES,
-            "seqlen": SEQLEN,
-            "evaluation": {n: f"{f} sha256 {_sha256(self.data / f)}" for n, f in texts.items()},
-            "evaluation_windows": WINDOWS,
-            "evaluation_seqlen": SEQLEN,
-            "versions": versions(),
-            "original": {
-                n: perplexity(params, config, batch).perplexity for n, batch in self.windows.items()
-            },
-        }
-
-    def calibration(self, seed: int, text: Path | None = None, samples: int = SAMPLES):
-        tokenizer, config = self.source.tokenizer(), self.source.config
-        content = read_text(str(text or self.train))
-        return windows(content, tokenizer, config, samples=samples, seqlen=SEQLEN, seed=seed)
-
-    def run(self, key: dict, recipe: Recipe, tokens) -> None:
-        """Adds the row of `recipe` unless a row with `key` is there."""
-        if any(all(row.get(k) == v for k, v in key.items()) for row in self.rows):
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            summary = quantize_model(self.source, recipe, tokens, Path(folder) / "q")
-            rows, _ = read_rows(Path(folder) / "q")
-            params, config = load_checkpoint(Path(folder) / "q")
-        results = {name: perplexity(params, config, batch) for name, batch in self.windows.items()}
-        self.rows.append({
-            **key,
-            "recipe": str(recipe),
-            "effective_bits": summary["effective_bits"],
-            "mean_layer_error": summary["mean_error"],
-            "layers_above_rtn": sum(row["error"] > row["error_rtn"] for row in rows),
-            "choices": collections.Counter(row["choice"] for row in rows if "choice" in row),
-            "perplexity": {name: result.perplexity for name, result in results.items()},
-            "window_nll": {name: result.window_nll for name, result in results.items()},
-        })  # fmt: skip
-        figures = ", ".join(f"{name} {value:.2f}" for name, value in self.rows[-1]["perplexity"].items())
-        print(f"{key}: {figures}", flush=True)
-        self.path.parent.mkdir(exist_ok=True)
-        report = {"protocol": self.protocol, "rows": self.rows}
-        self.path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main() -> None:
@@ -168,22 +96,13 @@ def _table(protocol: dict, rows: list[dict]) -> str:
             own = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
             if not own:
                 continue
-            cells = [_mean([row["perplexity"][name] for row in own]) for name in ("wikitext2", "c4")]
+            cells = [mean([row["perplexity"][name] for row in own]) for name in ("wikitext2", "c4")]
             error = statistics.fmean(row["mean_layer_error"] for row in own)
             group = group_size or "column"
             lines.append(
                 f"| {bits} | {group} | {method} | {cells[0]} | {cells[1]} | {error:.2e} | {len(own)} |"
             )
     return "\n".join(lines) + "\n"
-
-
-def _mean(values: list[float]) -> str:
-    mean = statistics.fmean(values)
-    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} +- {statistics.stdev(values):.2f}"
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":
