@@ -51,7 +51,9 @@ def offq(stats: Offsets, group_size: int, *, basis: Basis = "mixed", sort: bool 
             )
     u = stream_basis(stats, basis)
     if sort:
-        u = u[:, spread_leaders(np.sqrt(np.einsum("ic,ij,jc->c", u, stats.all, u)), group_size)]
+        # What one token of a sequence has is little in the mean of all tokens, and an outlier all the same.
+        energies = [np.sum(u * (second @ u), axis=0) for second in (stats.all, stats.top)]
+        u = u[:, spread_leaders(np.sqrt(np.maximum(*energies)), group_size)]
     turn = hadamard(group_size) / group_size**0.5
     residual = (u.reshape(len(u), -1, group_size) @ turn).reshape(u.shape)
     head_turn = hadamard(stats.keys.shape[-1]) / stats.keys.shape[-1] ** 0.5

@@ -10,7 +10,7 @@ import pytest
 from small_model import MemorySource
 from tiny_families import RAW, tiny_config, tiny_params, tiny_tokens
 
-from jaxquant.calibrate.offsets import offsets
+from jaxquant.calibrate.offsets import Offsets, offsets
 from jaxquant.errors import UsageError
 from jaxquant.methods import fold_norms, offq, quarot, rotate
 from jaxquant.methods.offq import spread_leaders, stream_basis
@@ -145,3 +145,24 @@ def test_impossible_options(llama):
         offq(stats, 8, basis="pca")
     with pytest.raises(UsageError, match="no Hadamard matrix of order 6"):
         offq(dataclasses.replace(stats, top=np.eye(36), all=np.eye(36)), 6)
+
+
+def test_a_direction_of_one_token_a_sequence_leads_a_group():
+    rng = np.random.default_rng(0)
+    d, direction = 64, np.zeros(64)
+    direction[:] = rng.standard_normal(d) / 8
+    direction /= np.linalg.norm(direction)
+    every = np.eye(d) / d * (1 - 1 / 512) + np.outer(direction, direction) / 512
+    stats = Offsets(
+        top=np.outer(direction, direction),
+        all=every,
+        values=np.eye(8)[None, None],
+        keys=np.eye(8)[None, None],
+        key_mean=np.zeros((1, 1, 8)),
+        hidden_peak=np.ones((1, 64)),
+    )
+    residual = offq(stats, 16).residual
+    spread = (direction @ residual).reshape(4, 16)
+    loudest = np.argmax(np.abs(spread).sum(axis=1))
+    np.testing.assert_allclose(spread[loudest], spread[loudest].mean(), atol=1e-3)
+    assert abs(spread[loudest].mean()) > 0.2
