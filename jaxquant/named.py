@@ -69,14 +69,19 @@ def _rotated(name: str, grid: Grid, gptq: GPTQ) -> tuple[tuple[Stage, ...], Grid
     weight, activation, cache = (int(bits) for bits in found.groups()[1:])
     if weight > 8:
         raise UsageError(f"{name}: weights take 1 to 8 bits; evaluate the original model for more")
+    for what, bits in (("a", activation), ("kv", cache)):
+        if not (2 <= bits <= 8 or bits == 16):
+            raise UsageError(
+                f"{name}: {what}{bits} is out of range; use {what}2 to {what}8, or {what}16 for none"
+            )
     size = grid.group_size or 0
+    if found[1] == "offq" and not size:
+        raise UsageError(f"{name} needs groups: give a group_size that divides the channels")
     stages = {
         "rtn": (RTN(),),
         "quarot": (QuaRot(), gptq),
-        "offq": (OffQ(group_size=size), gptq),
+        "offq": (OffQ(group_size=size or 1), gptq),
     }
-    if found[1] == "offq" and not size:
-        raise UsageError(f"{name} needs groups: give a group_size that divides the channels")
     activations = (
         None if activation == 16 else ActivationGrid(bits=activation, group_size=size or None, clip=_CLIP)
     )

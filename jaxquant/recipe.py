@@ -94,6 +94,10 @@ class Recipe:
             raise UsageError(f"a model is rotated once; got {', '.join(map(str, surgeries))}")
         if surgeries and self.folds:
             raise UsageError(f"{self.folds[0]} scales inputs that {surgeries[0]} has rotated; leave one out")
+        if self.folds and self.precision != EXACT:
+            raise UsageError(
+                f"{self.folds[0]} scales inputs after they were collected, quantized; leave precision out"
+            )
         if self.hessian == "fisher" and self.precision != EXACT:
             raise UsageError(
                 "the Fisher Hessian needs gradients, and integers have none; leave precision out"
@@ -377,10 +381,14 @@ def _precision(fields: Mapping[str, Any]) -> Precision:
     known = {field.name for field in dataclasses.fields(Precision)}
     if unknown := set(fields) - known:
         raise UsageError(f"precision: unknown places {', '.join(sorted(unknown))}")
-    grids = {
-        name: _build(ActivationGrid, f"precision.{name}", value) if isinstance(value, Mapping) else value
-        for name, value in fields.items()
-    }
+    grids = {}
+    for name, value in fields.items():
+        if not isinstance(value, Mapping):
+            raise UsageError(f"precision.{name}: {value!r} is no grid; give a table such as {{ bits = 4 }}")
+        try:
+            grids[name] = _build(ActivationGrid, f"precision.{name}", value)
+        except UsageError as error:
+            raise UsageError(str(error).replace("activation ", f"precision.{name}: ", 1)) from None
     return Precision(**grids)
 
 

@@ -15,6 +15,7 @@ from jaxquant.calibrate.moments import Moments, merge
 from jaxquant.calibrate.offsets import offsets
 from jaxquant.errors import UsageError
 from jaxquant.io.source import Source
+from jaxquant.linalg import base_order
 from jaxquant.methods import (
     Problem,
     Rotations,
@@ -76,7 +77,11 @@ class Surgery(Stage):
     """Puts a model into other bases before any of it is calibrated; see `methods.rotate`."""
 
     def hidden_block(self, config: ModelConfig) -> int:
-        """Order of the Hadamard matrix on the inputs of `down` at run time; 0: none."""
+        """Order of the Hadamard matrix on the inputs of `down` at run time; 0: none.
+
+        Raises:
+          UsageError: the stage does not suit the model.
+        """
         raise NotImplementedError
 
     def rotations(self, source: Source, tokens: np.ndarray) -> Rotations:
@@ -125,7 +130,7 @@ class QuaRot(Surgery):
         return quarot(source.config, self.seed)
 
     def __str__(self) -> str:
-        return "QuaRot"
+        return f"QuaRot (seed {self.seed})"
 
 
 @register("offq")
@@ -138,11 +143,31 @@ class OffQ(Surgery):
     sort: bool = True
 
     def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise UsageError(f"OffQ: group_size={self.group_size} must be positive; 64 or 128 is usual")
         if self.basis not in get_args(Basis):
             raise UsageError(f"unknown basis {self.basis!r}; use {', '.join(get_args(Basis))}")
 
     def hidden_block(self, config: ModelConfig) -> int:
-        """A group."""
+        """A group.
+
+        Raises:
+          UsageError: the group size does not divide the channels, or a Hadamard matrix is missing.
+        """
+        for name, channels in (("hidden_size", config.hidden_size), ("mlp", config.intermediate_size)):
+            if channels % self.group_size:
+                raise UsageError(
+                    f"OffQ: {channels} channels ({name}) are not divisible by group_size={self.group_size}; "
+                    "give another --group-size"
+                )
+        for name, order in (("group_size", self.group_size), ("head_dim", config.head_dim)):
+            try:
+                base_order(order)
+            except UsageError:
+                raise UsageError(
+                    f"OffQ: no Hadamard matrix of order {name}={order} is known; 2, 4, 8, .. and most "
+                    "multiples of 4 have one"
+                ) from None
         return self.group_size
 
     def rotations(self, source: Source, tokens: np.ndarray) -> Rotations:
@@ -150,7 +175,7 @@ class OffQ(Surgery):
         return offq(offsets(source, tokens), self.group_size, basis=self.basis, sort=self.sort)
 
     def __str__(self) -> str:
-        return f"OffQ (g{self.group_size}, {self.basis} basis)"
+        return f"OffQ (g{self.group_size}, {self.basis} basis{'' if self.sort else ', unsorted'})"
 
 
 @register("rtn")
@@ -224,9 +249,10 @@ class OSAQ(Transform):
         return osaq(problem, form=self.form, **options)  # pyright: ignore[reportArgumentType]
 
     def __str__(self) -> str:
-        return (
-            f"OSAQ (soft, eta {self.eta:g})" if self.form == "soft" else f"OSAQ (hard, gamma {self.gamma:g})"
-        )
+        strength = f"eta {self.eta:g}" if self.form == "soft" else f"gamma {self.gamma:g}"
+        temperature = "" if self.tau == 0.2 else f", tau {self.tau:g}"
+        support = "" if self.support is None else f", support {self.support}"
+        return f"OSAQ ({self.form}, {strength}{temperature}{support})"
 
 
 @register("best")

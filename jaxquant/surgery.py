@@ -35,21 +35,24 @@ class RotatedSource:
         return self.source.tokenizer()
 
     def block(self, index: int) -> dict[str, Any]:
-        """Parameters of block `index`, in float32 at least."""
+        """Parameters of block `index`, float32."""
         own = self.rotations
         if own is not None:
             layer = {n: getattr(own, n)[index : index + 1] for n in _PER_LAYER if getattr(own, n) is not None}
             own = dataclasses.replace(own, **layer)
         params = {"blocks": jax.tree.map(lambda leaf: np.asarray(leaf)[None], self.source.block(index))}
-        return jax.tree.map(lambda leaf: np.asarray(leaf[0]), self._turn(params, own)["blocks"])
+        return jax.tree.map(lambda leaf: leaf[0], self._turn(params, own)["blocks"])
 
     def outer(self) -> dict[str, Any]:
-        """Parameters outside the blocks."""
-        return jax.tree.map(np.asarray, self._turn(self.source.outer(), self.rotations))
+        """Parameters outside the blocks, float32."""
+        return self._turn(self.source.outer(), self.rotations)
 
     def _turn(self, params: dict[str, Any], rotations: Rotations | None) -> dict[str, Any]:
-        params, config = fold_norms(params, self.source.config)
-        return params if rotations is None else rotate(params, config, rotations)[0]
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), params)
+        turned, config = fold_norms(wide, self.source.config)
+        if rotations is not None:
+            turned, _ = rotate(turned, config, rotations)
+        return jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float32), turned)
 
 
 def stored_rotations(path: Path, make: Callable[[], Rotations]) -> Rotations:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from small_model import CONFIG, MemorySource
 
-from jaxquant.errors import UsageError
+from jaxquant.calibrate.moments import observe
+from jaxquant.errors import NonFiniteError, UsageError
 from jaxquant.io import checkpoint
+from jaxquant.methods import layer_error, quarot
 from jaxquant.models import Precision
 from jaxquant.models.decoder import forward, init_params
 from jaxquant.named import named
@@ -23,6 +25,7 @@ from jaxquant.stages import AWQ, GPTQ, OSAQ, RTN, OffQ, QuaRot
 from jaxquant.surgery import RotatedSource
 
 GRID = Grid(bits=4, group_size=16, clip="mse")
+NINE = dataclasses.replace(CONFIG, head_dim=9)
 
 
 @pytest.fixture(scope="module")
@@ -64,31 +67,36 @@ def test_offq_beats_quarot_and_no_rotation_at_4_bits(params, tokens, tmp_path):
     assert errors["offq"] < 0.9 * errors["rtn"]
 
 
-def test_calibration_sees_quantized_activations(params, tokens, tmp_path):
-    """At 2 bits the Hessian of the first linear is of inputs on a grid, and the error is measured on them."""
+def test_errors_are_those_on_quantized_activations(params, tokens, tmp_path):
+    """The Hessian of a linear is that of inputs on a grid, coming from blocks that are quantized too."""
     grids = Precision(attn_in=ActivationGrid(bits=2, group_size=16))
-    errors = []
-    for precision in (Precision(), grids):
-        recipe = chain(RTN(), grid=GRID, precision=precision)
-        events: list[dict] = []
-        quantize_model(
-            MemorySource(params), recipe, tokens, tmp_path / str(len(errors)), on_event=events.append
-        )
-        rows = {event["module"]: event["error"] for event in events if event["event"] == "row"}
-        errors.append(rows)
-    assert errors[0]["blocks.0.attn.q"] != errors[1]["blocks.0.attn.q"]
+    recipe = chain(RTN(), grid=GRID, precision=grids)
+    events: list[dict] = []
+    quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q", on_event=events.append)
+    rows = {event["module"]: event["error"] for event in events if event["event"] == "row"}
+    loaded, config = checkpoint.load_checkpoint(tmp_path / "q")
+    assert config.precision == grids
+    taps = forward(loaded, config, jnp.asarray(tokens), taps=("attn_in",)).taps["attn_in"]
+    for layer in range(CONFIG.num_layers):
+        kernel = loaded["blocks"]["attn"]["q"]["kernel"]
+        values = jax.tree.map(lambda leaf, i=layer: leaf[i], kernel).dequantize()
+        second = observe(taps[layer]).second
+        expected = layer_error(values, params["blocks"]["attn"]["q"]["kernel"][layer], second)
+        assert rows[f"blocks.{layer}.attn.q"] == pytest.approx(float(expected), rel=2e-2)
+        assert len(np.unique(np.asarray(taps[layer, 0, 0, :16]))) <= 4
 
 
-def test_a_resumed_run_finds_the_same_bases(params, tokens, tmp_path):
-    recipe = chain(
-        OffQ(group_size=16), OSAQ(eta=3e3), GPTQ(), grid=GRID, precision=named("offq-w4a4kv4", GRID).precision
-    )
+def test_a_resumed_run_finds_the_same_bases(params, tokens, tmp_path, monkeypatch):
+    precision = named("offq-w4a4kv4", GRID).precision
+    recipe = chain(OffQ(group_size=16), OSAQ(eta=3e3), GPTQ(), grid=GRID, precision=precision)
     quantize_model(MemorySource(params), recipe, tokens, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        quantize_model(
-            MemorySource(params, fail_at=None), recipe, tokens, tmp_path / "part", on_event=_stop_at_1
-        )
-    assert (tmp_path / "part" / "rotations.npz").is_file()
+        quantize_model(MemorySource(params), recipe, tokens, tmp_path / "part", on_event=_stop_at_1)
+
+    def not_again(*_):
+        raise AssertionError("the bases of the interrupted run must be used")
+
+    monkeypatch.setattr(OffQ, "rotations", not_again)
     quantize_model(MemorySource(params), recipe, tokens, tmp_path / "part", resume=True)
     whole, part = (jax.tree.leaves(checkpoint.load_checkpoint(tmp_path / n)[0]) for n in ("whole", "part"))
     for a, b in zip(whole, part, strict=True):
@@ -98,6 +106,28 @@ def test_a_resumed_run_finds_the_same_bases(params, tokens, tmp_path):
 def _stop_at_1(event):
     if event["event"] == "row" and event["block"] == 1:
         raise KeyboardInterrupt
+
+
+def test_nan_is_named_before_bases_are_stored(params, tokens, tmp_path):
+    broken = {**params, "blocks": {**params["blocks"], "mlp": dict(params["blocks"]["mlp"])}}
+    kernel = params["blocks"]["mlp"]["up"]["kernel"].at[1, 0, 0].set(jnp.nan)
+    broken["blocks"]["mlp"]["up"] = {"kernel": kernel}
+    with pytest.raises(NonFiniteError, match="NaN or infinity in its weights or activations"):
+        quantize_model(MemorySource(broken), named("offq-w4a4kv4", GRID), tokens, tmp_path / "q")
+    assert not (tmp_path / "q" / "rotations.npz").exists()
+
+
+def test_half_precision_models_are_rotated_in_float32(params):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    config = named("quarot-w8a16kv16", GRID).runtime(CONFIG)
+    sources = [RotatedSource(MemorySource(p), config, quarot(CONFIG, 0)) for p in (half, _wide(half))]
+    for a, b in zip(*(jax.tree.leaves((s.block(1), s.outer())) for s in sources), strict=True):
+        assert a.dtype == np.float32
+        np.testing.assert_array_equal(a, b)
+
+
+def _wide(params):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
 def test_a_folded_source_is_the_same_model(params, tokens):
@@ -125,16 +155,17 @@ def test_named_recipes_survive_toml(name, tmp_path):
     assert str(recipe.precision) in str(recipe)
 
 
-def test_the_plan_counts_the_untied_head():
+def test_the_plan_counts_the_untied_head_and_the_rotations_of_keys():
     tied, untied = (plan(CONFIG, named(n, GRID), samples=4, seqlen=24) for n in ("gptq", "quarot-w4a4kv4"))
-    assert untied.output_bytes - tied.output_bytes == 2 * CONFIG.vocab_size * CONFIG.hidden_size
+    keys = 4 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * (CONFIG.head_dim + 1)
+    assert untied.output_bytes - tied.output_bytes == 2 * CONFIG.vocab_size * CONFIG.hidden_size + keys
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: chain(QuaRot(), OffQ(), RTN(), grid=GRID), "a model is rotated once; got QuaRot, OffQ"),
-        (lambda: chain(QuaRot(), AWQ(), RTN(), grid=GRID), "scales inputs that QuaRot has rotated"),
+        (lambda: chain(QuaRot(), OffQ(), RTN(), grid=GRID), "a model is rotated once; got QuaRot"),
+        (lambda: chain(QuaRot(), AWQ(), RTN(), grid=GRID), "scales inputs that QuaRot .seed 0. has rotated"),
         (lambda: by_path({"mlp": named("quarot-w4a4kv4", GRID)}, named("rtn", GRID)), "concern whole blocks"),
         (
             lambda: chain(RTN(), grid=GRID, precision=Precision(hidden_hadamard=16)),
@@ -147,9 +178,19 @@ def test_the_plan_counts_the_untied_head():
             "the Fisher Hessian needs gradients",
         ),
         (lambda: OffQ(basis="pca"), "unknown basis 'pca'"),
+        (lambda: OffQ(group_size=0), "group_size=0 must be positive"),
+        (
+            lambda: chain(OffQ(group_size=12), RTN(), grid=GRID).runtime(CONFIG),
+            "32 channels .hidden_size. are",
+        ),
+        (lambda: chain(OffQ(group_size=1), RTN(), grid=GRID).runtime(NINE), "order head_dim=9 is known"),
+        (
+            lambda: chain(AWQ(), RTN(), grid=GRID, precision=named("rtn-w4a4kv4", GRID).precision),
+            "AWQ scales inputs after they were collected",
+        ),
         (lambda: named("offq-w4a4kv4", Grid(bits=4)), "offq-w4a4kv4 needs groups"),
         (lambda: named("quarot-w16a4kv4", GRID), "weights take 1 to 8 bits"),
-        (lambda: named("offq-w4a1kv4", GRID), "activation bits=1 is out of range"),
+        (lambda: named("offq-w4a1kv4", GRID), "offq-w4a1kv4: a1 is out of range; use a2 to a8, or a16"),
         (lambda: named("spin-w4a4kv4", GRID), "unknown recipe 'spin-w4a4kv4'"),
         (
             lambda: Recipe.from_dict({"stages": [{"stage": "rtn"}], "precision": {"k": {}}}),
@@ -160,7 +201,15 @@ def test_the_plan_counts_the_untied_head():
             "precision.keys: unknown options bit",
         ),
         (
-            lambda: plan(CONFIG, named("offq-w4a4kv4", Grid(bits=4, group_size=32)), samples=1, seqlen=8),
+            lambda: Recipe.from_dict({"stages": [{"stage": "rtn"}], "precision": {"keys": 4}}),
+            "precision.keys: 4 is no grid",
+        ),
+        (
+            lambda: Recipe.from_dict({"stages": [{"stage": "rtn"}], "precision": {"keys": {"bits": 9}}}),
+            "precision.keys: bits=9 is out of range",
+        ),
+        (
+            lambda: plan(CONFIG, named("rtn-w4a4kv4", Grid(bits=4, group_size=32)), samples=1, seqlen=8),
             "mlp_hidden: 48 channels are not divisible by the activation group_size=32",
         ),
     ],

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.calibrate.collect import batches
+from jaxquant.errors import NonFiniteError
 from jaxquant.io.source import Source
 from jaxquant.models.config import ModelConfig
 from jaxquant.models.decoder import block, embed
@@ -46,6 +47,9 @@ def offsets(source: Source, tokens: np.ndarray) -> Offsets:
     Args:
       source: the model.
       tokens: int32 `[samples, seqlen]`; every sample is a sequence with one largest token.
+
+    Raises:
+      NonFiniteError: NaN or infinity somewhere; names the block.
     """
     config, count = source.config, tokens.size
     outer = {"embed": jnp.asarray(source.outer()["embed"])}
@@ -60,6 +64,11 @@ def offsets(source: Source, tokens: np.ndarray) -> Offsets:
             hidden[part], reduced = _reduce_block(params, config, hidden[part], sliding=config.slides(index))
             sums.append({name: np.asarray(leaf, np.float64) for name, leaf in reduced.items()})
         layers.append(functools.reduce(_add, sums))
+        if not all(np.all(np.isfinite(leaf)) for leaf in layers[-1].values()):
+            raise NonFiniteError(
+                f"blocks.{index}: NaN or infinity in its weights or activations; check the model file, or "
+                "run the model in float32"
+            )
     stacked = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
     mean = stacked["keys_sum"] / count
     return Offsets(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,21 +55,25 @@ def base_order(n: int) -> int:
 def hadamard_transform(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     """`x H / sqrt(n)` with `hadamard(n)`: orthogonal, and its own inverse where n is a power of two.
 
-    `n (m + log2(n / m))` operations a row, m as in `base_order`. Computed in the dtype of x; differentiable.
+    `n (m + log2(n / m))` operations a row, m as in `base_order`. Computed in float32, or in float64 for such
+    an x; differentiable.
 
     Raises:
-      UsageError: no Hadamard matrix of that order.
+      UsageError: no Hadamard matrix of that order, or x is not of a float dtype.
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UsageError(f"hadamard_transform: x is {x.dtype}; cast it to a float dtype")
     n = x.shape[-1]
     m = base_order(n)
-    y = x.reshape(-1, m, n // m)
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    y = x.astype(dtype).reshape(math.prod(x.shape[:-1]), m, n // m)
     for k in range((n // m).bit_length() - 1):
-        pairs = y.reshape(y.shape[0], m, -1, 2, 2**k)
+        pairs = y.reshape(y.shape[0], m, n // m >> (k + 1), 2, 2**k)
         first, second = pairs[..., 0, :], pairs[..., 1, :]
         y = jnp.stack([first + second, first - second], axis=-2).reshape(y.shape)
     if m > 1:
-        y = jnp.einsum("bik,ij->bjk", y, jnp.asarray(hadamard(m), x.dtype), precision="highest")
-    return (y * jnp.asarray(n**-0.5, x.dtype)).reshape(x.shape)
+        y = jnp.einsum("bik,ij->bjk", y, jnp.asarray(hadamard(m), dtype), precision="highest")
+    return (y * jnp.asarray(n**-0.5, dtype)).reshape(x.shape).astype(x.dtype)
 
 
 def random_orthogonal(n: int, seed: int) -> np.ndarray:

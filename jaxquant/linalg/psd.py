@@ -39,7 +39,7 @@ class DampedFactor:
 
     @property
     def damped_inverse(self) -> Float[Array, "n n"]:
-        """`(H + damping mean(diag H) I)^-1`, symmetric to the last bit."""
+        """`(H + damping mean(diag H) I)^-1`."""
         return _gram(self.inverse)
 
 

@@ -286,16 +286,16 @@ def osaq(
     `form="hard"` moves within the tail eigenspace of the paper (arXiv 2605.04738), which may be empty;
     `form="soft"`, our generalization, prices every direction by its curvature. Neither is always an
     improvement: choose `eta` per layer by the final error against `problem.target`, "off" included. The
-    output energy of the step obeys `delta^T Hhat delta <= n max|w|^2 / eta` (soft, before the line
-    search, per channel) and `tr(Delta^T Hhat Delta) <= lam_K ||Delta||_F^2` (hard). Inputs that were always 0
-    are free directions: their weights become 0.
+    output energy of the step obeys `delta^T Hhat delta <= n max|w|^2 / eta` (soft with a `support`, before
+    the line search, per channel) and `tr(Delta^T Hhat Delta) <= lam_K ||Delta||_F^2` (hard). Inputs that were
+    always 0 are free directions: their weights become 0.
 
     Differentiable in the weight and every traced option; the support and the line search count as constants.
 
     Args:
       problem: `weight` `[in, out]`; computed in float32, or in float64 where it or the moments are.
       form: static.
-      eta: price of output energy (soft). About 300 at 2 bits, 1e3 at 3, 1e4 at 4.
+      eta: price of output energy (soft). About 300 at 2 bits, 1e3 at 3, 3e3 above.
       gamma: share of the energy (hard); see `hard_null_space`.
       tau: temperature relative to the largest weight of a group; .15 to .3.
       mu: price of movement, > 0. `1 / n` of it is the paper's `mu1`.

@@ -5,8 +5,9 @@ QuaRot is arXiv 2404.00456, SpinQuant arXiv 2405.16406. With norms folded into t
     RMSNorm(x R) = RMSNorm(x) R,    (x R)(R^T W) = x W,
 
 so the residual stream may have any orthonormal basis. Everything is computed in float64 on the host and cast
-once. Functions take whole parameter trees or parts of them: only `blocks` (stacked on axis 0, perhaps one of
-them), or only `embed`, `norm` and `head`.
+to the dtype of the parameters; for half precision cast them up first, or each function rounds. Functions take
+whole parameter trees or parts of them: only `blocks` (stacked on axis 0, perhaps one of them), or only
+`embed`, `norm` and `head`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.errors import UsageError
-from jaxquant.linalg import base_order, hadamard, random_hadamard, random_orthogonal
+from jaxquant.linalg import base_order, hadamard_transform, random_hadamard, random_orthogonal
 from jaxquant.models.config import LINEARS, ModelConfig
 
 #: Norms of a block and the linears that read them.
@@ -159,7 +161,9 @@ def rotate(
                 blocks[name] = _like(blocks[name], _wide(blocks[name]) @ turn)
             else:
                 gain = _gain(blocks[norm], config)
-                blocks[name] = _like(blocks[norm], gain[..., :, None] * turn)
+                # Every branch passes through it, so half precision would show.
+                exact = blocks[norm] if blocks[norm].dtype.itemsize > 2 else blocks[norm].astype(np.float32)
+                blocks[name] = _like(exact, gain[..., :, None] * turn)
                 blocks[norm] = _identity(blocks[norm], config)
         if rotations.values is not None:
             _rotate_values(blocks, config, rotations.values)
@@ -202,11 +206,11 @@ def _add_key_rotation(attn: Params, rotations: Rotations) -> None:
 
 
 def _turn_blocks(kernel: np.ndarray, block: int) -> np.ndarray:
-    """`(I (x) R4^T) W`."""
-    turn = hadamard(block) / block**0.5
-    return np.einsum(
-        "ij,...bim->...bjm", turn, kernel.reshape(*kernel.shape[:-2], -1, block, kernel.shape[-1])
-    ).reshape(kernel.shape)
+    """`(I (x) R4^T) W`, as the transform of the rows of `W^T`."""
+    columns = np.swapaxes(kernel, -1, -2)
+    with jax.enable_x64(True):
+        turned = hadamard_transform(jnp.asarray(columns.reshape(*columns.shape[:-1], -1, block)))
+    return np.swapaxes(np.asarray(turned).reshape(columns.shape), -1, -2)
 
 
 def _rotate_values(blocks: Params, config: ModelConfig, values: np.ndarray) -> None:
@@ -279,7 +283,7 @@ def _gain(weight: Any, config: ModelConfig) -> np.ndarray:
 
 
 def _identity(weight: Any, config: ModelConfig) -> Any:
-    return jnp.full(weight.shape, 0 if config.norm_plus_one else 1, weight.dtype)
+    return _like(weight, np.full(weight.shape, 0 if config.norm_plus_one else 1))
 
 
 def _wide(leaf: Any) -> np.ndarray:
@@ -287,4 +291,5 @@ def _wide(leaf: Any) -> np.ndarray:
 
 
 def _like(leaf: Any, values: np.ndarray) -> Any:
-    return jnp.asarray(values.astype(leaf.dtype))
+    values = values.astype(leaf.dtype)
+    return values if isinstance(leaf, np.ndarray) else jnp.asarray(values)

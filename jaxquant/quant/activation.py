@@ -42,9 +42,9 @@ class ActivationGrid:
     range: Range = "midpoint"
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             raise UsageError(
-                f"activation bits={self.bits} is out of range; use 2 to 8, or leave the grid out"
+                f"activation bits={self.bits!r} is out of range; use 2 to 8, or leave the grid out"
             )
         if self.group_size is not None and self.group_size < 1:
             raise UsageError(f"activation group_size={self.group_size}: use None for one group a token")
@@ -65,7 +65,7 @@ class ActivationGrid:
             place = f"{where}: " if where else ""
             raise UsageError(
                 f"{place}{channels} channels are not divisible by the activation group_size={size}; "
-                f"use one of {', '.join(map(str, divisors))}, or None"
+                f"use {', '.join([*map(str, divisors), 'None'])}"
             )
         return channels // size
 

@@ -70,6 +70,14 @@ def test_the_fast_transform_does_not_multiply_by_the_whole_matrix():
     assert cost["flops"] < 40 * 4096
 
 
+def test_half_precision_does_not_overflow_and_integers_are_refused():
+    x = jnp.full((1, 4096), 50, jnp.float16)
+    np.testing.assert_array_equal(transform(x)[0, :2], [3200, 0])
+    assert transform(jnp.zeros((0, 8))).shape == (0, 8)
+    with pytest.raises(UsageError, match="x is int32; cast it to a float dtype"):
+        hadamard_transform(jnp.arange(8))
+
+
 def test_vmap_and_gradient():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 24)), jnp.float32)
     np.testing.assert_allclose(jax.vmap(hadamard_transform)(x), hadamard_transform(x), atol=1e-6)

@@ -126,6 +126,7 @@ def test_effective_bits_count_scales_and_offsets(grid, bits):
     [
         ({"bits": 1}, "activation bits=1 is out of range; use 2 to 8"),
         ({"bits": 16}, "or leave the grid out"),
+        ({"bits": 4.5}, "activation bits=4.5 is out of range"),
         ({"group_size": 0}, "use None for one group a token"),
         ({"clip": 1.1}, "activation clip=1.1 is out of range"),
         ({"range": "raw"}, "unknown activation range 'raw'; use midpoint or zero"),
@@ -137,5 +138,5 @@ def test_impossible_options(options, message):
 
 
 def test_a_group_that_does_not_divide_the_channels_names_those_that_do():
-    with pytest.raises(UsageError, match="group_size=128; use one of 16, 18, 24"):
+    with pytest.raises(UsageError, match="group_size=128; use 16, 18, 24, 32, 36, 48, None"):
         ActivationGrid(group_size=128).fit(jnp.zeros((1, 576)))
