@@ -1,13 +1,13 @@
 """What OSAQ adds to GPTQ's time and memory: single layers, and the whole run on SmolLM2-135M, interleaved.
 
-    python experiments/osaq/time.py [--repeats 7] [--runs 3]
+    python experiments/osaq/overhead.py [--repeats 7] [--runs 3]
 
 Both sides are the named recipes at W2 g64 with clip search and act-order. A layer's problem has a quarter of
 its tokens held out on OSAQ's side and all of them together on GPTQ's. `temp` is the memory that the compiled
 program needs besides its arguments and results. The run is `quantize_model` on 24 x 512 tokens of the
 packaged calibration text, from opening the model to the finished folder, compiled anew in the first pair and
 not in the others.
-Writes results/time.json.
+Writes results/overhead.json.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from jaxquant.quant import Grid
 SHAPES = [(576, 576), (576, 1536), (1536, 576), (4096, 4096)]
 NAMES = ("gptq", "osaq-gptq")
 GRID = Grid(bits=2, group_size=64, clip="mse")
-RESULTS = Path(__file__).parent / "results" / "time.json"
+RESULTS = Path(__file__).parent / "results" / "overhead.json"
 
 
 def problems(rows: int, out: int) -> dict[str, Problem]:
