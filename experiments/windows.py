@@ -8,7 +8,6 @@ import hashlib
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,29 +60,29 @@ class Bench:
         content = read_text(str(text or self.train))
         return windows(content, tokenizer, config, samples=samples, seqlen=SEQLEN, seed=seed)
 
+    def has(self, key: dict) -> bool:
+        """Whether there is a row with `key`."""
+        return any(all(row.get(k) == v for k, v in key.items()) for row in self.rows)
+
     def run(self, key: dict, recipe: Recipe, tokens: Any) -> None:
         """Quantizes and adds the row of `recipe`, unless a row with `key` is there."""
-
-        def quantized() -> tuple[Any, Any, dict]:
-            with tempfile.TemporaryDirectory() as folder:
-                summary = quantize_model(self.source, recipe, tokens, Path(folder) / "q")
-                rows, _ = read_rows(Path(folder) / "q")
-                params, config = load_checkpoint(Path(folder) / "q")
-            return params, config, {
-                "recipe": str(recipe),
-                "effective_bits": summary["effective_bits"],
-                "mean_layer_error": summary["mean_error"],
-                "layers_above_rtn": sum(row["error"] > row["error_rtn"] for row in rows),
-                "choices": collections.Counter(row["choice"] for row in rows if "choice" in row),
-            }  # fmt: skip
-
-        self.add(key, quantized)
-
-    def add(self, key: dict, make: Callable[[], tuple[Any, Any, dict]]) -> None:
-        """Evaluates the `(params, config, facts)` that `make` gives, unless a row with `key` is there."""
-        if any(all(row.get(k) == v for k, v in key.items()) for row in self.rows):
+        if self.has(key):
             return
-        params, config, facts = make()
+        with tempfile.TemporaryDirectory() as folder:
+            summary = quantize_model(self.source, recipe, tokens, Path(folder) / "q")
+            rows, _ = read_rows(Path(folder) / "q")
+            params, config = load_checkpoint(Path(folder) / "q")
+        facts = {
+            "recipe": str(recipe),
+            "effective_bits": summary["effective_bits"],
+            "mean_layer_error": summary["mean_error"],
+            "layers_above_rtn": sum(row["error"] > row["error_rtn"] for row in rows),
+            "choices": collections.Counter(row["choice"] for row in rows if "choice" in row),
+        }
+        self.add(key, params, config, facts)
+
+    def add(self, key: dict, params: Any, config: Any, facts: dict) -> None:
+        """Evaluates a model and adds its row, with `facts`."""
         results = {name: perplexity(params, config, batch) for name, batch in self.windows.items()}
         self.rows.append({
             **key,
@@ -96,6 +95,30 @@ class Bench:
         self.path.parent.mkdir(exist_ok=True)
         report = {"protocol": self.protocol, "rows": self.rows}
         self.path.write_text(json.dumps(report, indent=1) + "\n")
+
+    def write_table(self, about: str, columns: list[str], lines: list[list[str]]) -> None:
+        """A markdown table beside the JSON; words are aligned left and numbers right."""
+        protocol = self.protocol
+        original = ", ".join(f"{name} {value:.2f}" for name, value in protocol["original"].items())
+        text = [
+            f"# {protocol['model']}, {WINDOWS} windows of {SEQLEN} of WikiText-2 test and of C4, float32",
+            "",
+            f"Original perplexity: {original}. Its weights are dequantized Q4_1 and lie on a 4-bit grid "
+            "already.",
+            f"{about} Calibration: {SAMPLES} x {SEQLEN} tokens of the WikiText-2 train part. Mean over seeds,"
+            " +- standard deviation where there are several.",
+            "",
+            f"| {' | '.join(columns)} |",
+            "|" + "|".join(" --- " if name in ("method", "setting") else " ---: " for name in columns) + "|",
+            *(f"| {' | '.join(line)} |" for line in lines),
+        ]
+        self.path.with_suffix(".md").write_text("\n".join(text) + "\n")
+
+    def cells(self, wanted: dict) -> tuple[list[dict], list[str]]:
+        """The rows with `wanted`, and their two perplexities."""
+        own = [row for row in self.rows if all(row[k] == v for k, v in wanted.items())]
+        names = ("wikitext2", "c4") if own else ()
+        return own, [mean([row["perplexity"][name] for row in own]) for name in names]
 
 
 def mean(values: list[float]) -> str:

@@ -10,7 +10,8 @@ from jaxquant.errors import UsageError
 from jaxquant.models.config import Precision
 from jaxquant.quant import ActivationGrid, Grid
 from jaxquant.recipe import Recipe, chain
-from jaxquant.stages import AWQ, GPTQ, OSAQ, RTN, Best, CoordinateDescent, MagR, OffQ, QuaRot, Refit, Stage
+from jaxquant.stages import AWQ, GPTQ, OSAQ, RTN, Best, CoordinateDescent, MagR, Refit, Stage
+from jaxquant.surgery import OffQ, QuaRot
 
 
 def _osaq(bits: int) -> Best:
@@ -74,16 +75,15 @@ def _rotated(name: str, grid: Grid, gptq: GPTQ) -> tuple[tuple[Stage, ...], Grid
             raise UsageError(
                 f"{name}: {what}{bits} is out of range; use {what}2 to {what}8, or {what}16 for none"
             )
-    size = grid.group_size or 0
-    if found[1] == "offq" and not size:
+    if found[1] == "offq" and grid.group_size is None:
         raise UsageError(f"{name} needs groups: give a group_size that divides the channels")
-    stages = {
-        "rtn": (RTN(),),
-        "quarot": (QuaRot(), gptq),
-        "offq": (OffQ(group_size=size or 1), gptq),
+    stages: dict[str, Callable[[], tuple[Stage, ...]]] = {
+        "rtn": lambda: (RTN(),),
+        "quarot": lambda: (QuaRot(), gptq),
+        "offq": lambda: (OffQ(group_size=grid.group_size or 0), gptq),
     }
-    activations = (
-        None if activation == 16 else ActivationGrid(bits=activation, group_size=size or None, clip=_CLIP)
+    tokens = (
+        ActivationGrid(bits=activation, group_size=grid.group_size, clip=_CLIP) if activation < 16 else None
     )
-    heads = None if cache == 16 else ActivationGrid(bits=cache, clip=_CLIP)
-    return stages[found[1]], dataclasses.replace(grid, bits=weight), Precision.uniform(activations, heads)
+    heads = ActivationGrid(bits=cache, clip=_CLIP) if cache < 16 else None
+    return stages[found[1]](), dataclasses.replace(grid, bits=weight), Precision.uniform(tokens, heads)

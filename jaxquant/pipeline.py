@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import io
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.calibrate.collect import batches, block_moments, merge_taps
+from jaxquant.calibrate.collect import batches, block_moments, embed_all, merge_taps
 from jaxquant.calibrate.fisher import TokenWeights, fisher_weights
 from jaxquant.calibrate.moments import Moments
 from jaxquant.errors import InputError, NonFiniteError, UsageError
@@ -25,16 +24,15 @@ from jaxquant.io.source import Source
 from jaxquant.methods import Problem, rtn
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.models.decoder import block as block_forward
-from jaxquant.models.decoder import embed
 from jaxquant.plan import Plan, plan
 from jaxquant.quant import QArray
 from jaxquant.recipe import Recipe, to_toml
-from jaxquant.stages import Surgery
-from jaxquant.surgery import RotatedSource, stored_rotations
+from jaxquant.surgery import operate
 
 Event = dict[str, Any]
 
-_KEY_OPERATIONS = ("['key_rotation']", "['key_shift']")
+# Small and read by every query: not rounded on the way to the disk.
+_KEY_OPERATIONS = ("key_rotation", "key_shift")
 
 # Samples that folds may run through the block.
 _FOLD_SAMPLES = 2
@@ -94,9 +92,9 @@ def quantize_model(
 
     if recipe.surgery is not None:
         on_event({"event": "surgery", "stage": str(recipe.surgery)})
-        source = _operated(source, config, recipe.surgery, tokens, folder)
+        source = operate(source, recipe.surgery, config, tokens, keep=folder / "rotations.npz")
     outer = source.outer()
-    hidden = _embed_all(outer, config, tokens)
+    hidden = embed_all(_storable({"embed": outer["embed"]}), config, tokens)
     if not (folder / "outer").is_dir():
         checkpoint.save_outer(folder, _storable(outer))
     del outer
@@ -210,15 +208,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, x in items for k, v in _flat(x, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
-def _embed_all(outer: dict[str, Any], config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    """Activations before the first block, float32 `[samples, seqlen, d]` on the host."""
-    table = jnp.asarray(_storable({"embed": outer["embed"]})["embed"])
-    rows = [
-        np.asarray(embed({"embed": table}, config, jnp.asarray(tokens[part]))) for part in batches(tokens)
-    ]
-    return np.concatenate(rows).astype(np.float32)
-
-
 @functools.partial(jax.jit, static_argnames=("config", "sliding"))
 def _propagate(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool) -> jax.Array:
     # Many tokens, one block: unpacking it whole is faster than unpacking it group by group.
@@ -229,15 +218,6 @@ def _propagate(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool)
     )
     y, _, _ = block_forward(params, config, x.astype(config.dtype), sliding=sliding)
     return y.astype(jnp.float32)
-
-
-def _operated(
-    source: Source, config: ModelConfig, surgery: Surgery, tokens: np.ndarray, folder: Path
-) -> RotatedSource:
-    """The rotated model; its bases are kept in `folder` so that a resumed run finds the same."""
-    folded = RotatedSource(source, dataclasses.replace(source.config, tie_embeddings=False))
-    rotations = stored_rotations(folder / "rotations.npz", lambda: surgery.rotations(folded, tokens))
-    return RotatedSource(source, config, rotations)
 
 
 def _token_weights(
@@ -384,7 +364,7 @@ def _storable(tree: Any) -> Any:
     largest = float(jnp.finfo(jnp.float16).max)
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        if isinstance(leaf, QArray) or jax.tree_util.keystr(path[-1:]) in _KEY_OPERATIONS:
+        if isinstance(leaf, QArray) or path[-1].key in _KEY_OPERATIONS:
             return leaf
         if leaf.ndim < 2 or leaf.dtype == jnp.bfloat16:
             return leaf

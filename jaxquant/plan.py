@@ -58,12 +58,11 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
                 )
             packed += own.grid.effective_bits(n) / 8 * n * m + 4 * n * own.stores_order
     tokens, layers = samples * seqlen, config.num_layers
+    runtime_bytes = 0
     if recipe.surgery is not None:
         # What stays for run time: rotations of heads in float32, and behind inner norms matrices in 16 bits.
         heads = 4 * config.num_kv_heads * config.head_dim * (config.head_dim + 1)
-        packed_apart = layers * (heads + 2 * 2 * config.hidden_size**2 * config.post_norms)
-    else:
-        packed_apart = 0
+        runtime_bytes = layers * (heads + 2 * 2 * config.hidden_size**2 * config.post_norms)
     weights = sum(n * m for n, m in shapes.values())
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     taps = [shapes[paths[0]][0] for _, paths in LINEARS]
@@ -87,7 +86,7 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
     seconds = layers * (products + 10 * solves) / _flops_per_second() + 20 + 0.3 * layers
     return Plan(
         peak_bytes=int(peak),
-        output_bytes=int(packed + packed_apart + 2 * embeddings),
+        output_bytes=int(packed + runtime_bytes + 2 * embeddings),
         source_bytes=int(2 * (layers * weights + embeddings)),
         seconds=seconds,
         linears=layers * len(shapes),

@@ -26,7 +26,8 @@ from jaxquant.calibrate.moments import Mask
 from jaxquant.errors import InputError, UsageError
 from jaxquant.methods import Problem, Rounded, layer_error
 from jaxquant.models.config import EXACT, ModelConfig, Precision
-from jaxquant.quant import ActivationGrid, Grid
+from jaxquant.options import build
+from jaxquant.quant import Grid
 from jaxquant.stages import (
     GPTQ,
     RTN,
@@ -37,10 +38,10 @@ from jaxquant.stages import (
     Refit,
     Rounding,
     Stage,
-    Surgery,
     Transform,
     register,
 )
+from jaxquant.surgery import Surgery
 
 _S = TypeVar("_S", bound=Stage)
 
@@ -178,7 +179,7 @@ class Recipe:
         return bool(orders) and self.grid.group_size is not None
 
     def at(self, path: str) -> Recipe:
-        """What happens to the module at `path` (`blocks.3.mlp.down`): rules and masks resolved, no folds."""
+        """What happens to the module at `path` (`blocks.3.mlp.down`) alone: rules and masks are resolved."""
         for pattern, recipe in self.rules:
             if re.search(pattern, path):
                 return recipe.at(path)
@@ -228,9 +229,9 @@ class Recipe:
         if unknown:
             raise UsageError(f"unknown recipe fields {', '.join(sorted(unknown))}")
         return cls(
-            grid=_build(Grid, "grid", fields.get("grid", {})),
+            grid=build(Grid, "grid", fields.get("grid", {})),
             stages=tuple(_stage_from_dict(stage) for stage in fields.get("stages", ())),
-            precision=_precision(fields.get("precision", {})),
+            precision=Precision.from_dict(fields.get("precision", {})),
             **{name: fields[name] for name in ("true_sequential", "hessian", "mask") if name in fields},
             rules=tuple(
                 (_required(r, "pattern", "rule"), cls.from_dict(_required(r, "recipe", "rule")))
@@ -276,10 +277,10 @@ def chain(
     hessian: Hessian = "input",
     mask: Mask = "none",
 ) -> Recipe:
-    """Stages one after another: transforms, one rounding, refinements; for the options see `Recipe`.
+    """Stages one after another, in the order of their kinds; for them and the options see `Recipe`.
 
     Raises:
-      UsageError: another order, no rounding, or more than one.
+      UsageError: another order, no rounding or more than one, or stages and options that exclude each other.
     """
     return Recipe(
         grid=grid,
@@ -374,35 +375,10 @@ def _stage_from_dict(fields: Mapping[str, Any]) -> Stage:
     if name == Best.name:
         candidates = _required(options, "candidates", name)
         options["candidates"] = tuple(_stage_from_dict(candidate) for candidate in candidates)
-    return _build(STAGES[name], name, options)
-
-
-def _precision(fields: Mapping[str, Any]) -> Precision:
-    known = {field.name for field in dataclasses.fields(Precision)}
-    if unknown := set(fields) - known:
-        raise UsageError(f"precision: unknown places {', '.join(sorted(unknown))}")
-    grids = {}
-    for name, value in fields.items():
-        if not isinstance(value, Mapping):
-            raise UsageError(f"precision.{name}: {value!r} is no grid; give a table such as {{ bits = 4 }}")
-        try:
-            grids[name] = _build(ActivationGrid, f"precision.{name}", value)
-        except UsageError as error:
-            raise UsageError(str(error).replace("activation ", f"precision.{name}: ", 1)) from None
-    return Precision(**grids)
+    return build(STAGES[name], name, options)
 
 
 def _required(fields: Mapping[str, Any], key: str, name: str) -> Any:
     if key not in fields:
         raise UsageError(f"{name}: {key} is missing")
     return fields[key]
-
-
-def _build(kind: Any, name: str, options: Mapping[str, Any]) -> Any:
-    known = {field.name for field in dataclasses.fields(kind)}
-    unknown = set(options) - known
-    if unknown:
-        raise UsageError(
-            f"{name}: unknown options {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}"
-        )
-    return kind(**options)

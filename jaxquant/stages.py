@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int
 
 from jaxquant.calibrate.moments import Moments, merge
-from jaxquant.calibrate.offsets import offsets
 from jaxquant.errors import UsageError
-from jaxquant.io.source import Source
-from jaxquant.linalg import base_order
 from jaxquant.methods import (
     Problem,
-    Rotations,
     Rounded,
     awq,
     better_columns,
@@ -26,16 +20,11 @@ from jaxquant.methods import (
     gptq,
     layer_error,
     magr,
-    offq,
     osaq,
-    quarot,
     refit_grid,
     rtn,
 )
 from jaxquant.methods.gptq import Groups
-from jaxquant.methods.offq import Basis
-from jaxquant.methods.rotate import largest_block
-from jaxquant.models.config import ModelConfig
 from jaxquant.quant import Grid, working_dtype
 
 #: Registered stages by the name that files use.
@@ -73,22 +62,6 @@ class Refinement(Stage):
         raise NotImplementedError
 
 
-class Surgery(Stage):
-    """Puts a model into other bases before any of it is calibrated; see `methods.rotate`."""
-
-    def hidden_block(self, config: ModelConfig) -> int:
-        """Order of the Hadamard matrix on the inputs of `down` at run time; 0: none.
-
-        Raises:
-          UsageError: the stage does not suit the model.
-        """
-        raise NotImplementedError
-
-    def rotations(self, source: Source, tokens: np.ndarray) -> Rotations:
-        """The bases; `source` has its norms folded, `tokens` are the calibration windows."""
-        raise NotImplementedError
-
-
 class Fold(Stage):
     """Moves scales between the linears and norms of a block before any of it is rounded."""
 
@@ -112,70 +85,6 @@ def register(name: str) -> Callable[[_S], _S]:
         return stage
 
     return add
-
-
-@register("quarot")
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuaRot(Surgery):
-    """Randomized Hadamard matrices; see `methods.rotate.quarot`."""
-
-    seed: int = 0
-
-    def hidden_block(self, config: ModelConfig) -> int:
-        """All inputs at once where there is such a matrix."""
-        return largest_block(config.intermediate_size)
-
-    def rotations(self, source: Source, tokens: np.ndarray) -> Rotations:
-        """See `methods.rotate.quarot`."""
-        return quarot(source.config, self.seed)
-
-    def __str__(self) -> str:
-        return f"QuaRot (seed {self.seed})"
-
-
-@register("offq")
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OffQ(Surgery):
-    """Outlier directions turned into offsets of groups; options as in `methods.offq.offq`."""
-
-    group_size: int = 64
-    basis: Basis = "mixed"
-    sort: bool = True
-
-    def __post_init__(self) -> None:
-        if self.group_size < 1:
-            raise UsageError(f"OffQ: group_size={self.group_size} must be positive; 64 or 128 is usual")
-        if self.basis not in get_args(Basis):
-            raise UsageError(f"unknown basis {self.basis!r}; use {', '.join(get_args(Basis))}")
-
-    def hidden_block(self, config: ModelConfig) -> int:
-        """A group.
-
-        Raises:
-          UsageError: the group size does not divide the channels, or a Hadamard matrix is missing.
-        """
-        for name, channels in (("hidden_size", config.hidden_size), ("mlp", config.intermediate_size)):
-            if channels % self.group_size:
-                raise UsageError(
-                    f"OffQ: {channels} channels ({name}) are not divisible by group_size={self.group_size}; "
-                    "give another --group-size"
-                )
-        for name, order in (("group_size", self.group_size), ("head_dim", config.head_dim)):
-            try:
-                base_order(order)
-            except UsageError:
-                raise UsageError(
-                    f"OffQ: no Hadamard matrix of order {name}={order} is known; 2, 4, 8, .. and most "
-                    "multiples of 4 have one"
-                ) from None
-        return self.group_size
-
-    def rotations(self, source: Source, tokens: np.ndarray) -> Rotations:
-        """See `methods.offq.offq`; what it needs is collected from `tokens`."""
-        return offq(offsets(source, tokens), self.group_size, basis=self.basis, sort=self.sort)
-
-    def __str__(self) -> str:
-        return f"OffQ (g{self.group_size}, {self.basis} basis{'' if self.sort else ', unsorted'})"
 
 
 @register("rtn")
@@ -294,9 +203,9 @@ class Best(Stage):
         # NaN would count as the least.
         choice = jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))
         moments = problem.moments if judge is problem.moments else merge(problem.moments, judge)
-        weight = functools.reduce(
-            lambda kept, other: jnp.where(choice == other[0], other[1], kept), enumerate(weights), weights[0]
-        )
+        weight = weights[0]
+        for number, other in enumerate(weights[1:], start=1):
+            weight = jnp.where(choice == number, other, weight)
         return dataclasses.replace(problem, weight=weight, moments=moments), choice
 
     def __str__(self) -> str:

@@ -11,7 +11,6 @@ results/table.json one by one; those already there are kept. results/table.md is
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -20,14 +19,14 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from windows import Bench, mean
+from windows import Bench
 
 from jaxquant.io import load_params
 from jaxquant.named import named
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe, chain
-from jaxquant.stages import GPTQ, RTN, OffQ, QuaRot, Surgery
-from jaxquant.surgery import RotatedSource
+from jaxquant.stages import GPTQ, RTN
+from jaxquant.surgery import OffQ, QuaRot, Surgery
 
 RESULTS = Path(__file__).parent / "results"
 GRID = Grid(bits=4, group_size=64, clip="mse")
@@ -54,14 +53,15 @@ def recipe_of(method: str, setting: str, seed: int) -> Recipe:
     return chain(*surgeries[kind], rounding, grid=GRID, precision=precision)
 
 
-def float_model(bench: Bench, recipe: Recipe, tokens: Any) -> tuple[Any, Any, dict]:
-    """The model that `recipe` would round, with its precision."""
-    source, surgery = bench.source, recipe.surgery
-    config = recipe.runtime(source.config)
-    if surgery is not None:
-        folded = RotatedSource(source, dataclasses.replace(source.config, tie_embeddings=False))
-        source = RotatedSource(bench.source, config, surgery.rotations(folded, tokens))
-    return load_params(source), config, {"recipe": f"{surgery}, float weights, {recipe.precision}"}
+def add_float(bench: Bench, key: dict, recipe: Recipe, tokens: Any) -> None:
+    """The row of the float model that `recipe` would round, with its precision."""
+    if bench.has(key):
+        return
+    source, config = bench.source, recipe.runtime(bench.source.config)
+    if recipe.surgery is not None:
+        source = operate(source, recipe.surgery, config, tokens)
+    facts = {"recipe": f"{recipe.surgery}, float weights, {recipe.precision}"}
+    bench.add(key, load_params(source), config, facts)
 
 
 def main() -> None:
@@ -80,38 +80,27 @@ def main() -> None:
                 recipe = recipe_of(method, setting, seed)
                 if setting.startswith("w4"):
                     bench.run(key, recipe, tokens)
-                elif isinstance(
-                    METHODS[method][1], RTN
-                ):  # no weight is rounded: the rounding is all the same
-                    bench.add(key, lambda recipe=recipe, tokens=tokens: float_model(bench, recipe, tokens))
-                (RESULTS / "table.md").write_text(_table(bench.protocol, bench.rows))
+                elif method.endswith("RTN"):  # float weights: one row for both roundings
+                    add_float(bench, key, recipe, tokens)
+                write(bench)
 
 
-def _table(protocol: dict, rows: list[dict]) -> str:
-    original = ", ".join(f"{name} {value:.2f}" for name, value in protocol["original"].items())
-    lines = [
-        f"# {protocol['model']}, {protocol['evaluation_windows']} windows of "
-        f"{protocol['evaluation_seqlen']} of WikiText-2 test and of C4",
-        "",
-        f"Original perplexity: {original}. Its weights are dequantized Q4_1 and lie on a 4-bit grid already.",
-        "Weights: asymmetric, group 64, clip search; GPTQ with act-order, static groups, damping .01, on "
-        "inputs as quantized (4.5 effective bits). Activations: asymmetric, group 64, 95 % of the range (4.5 "
-        "bits). Keys and values: asymmetric, a head of a token, 95 % (4.5 bits). Calibration "
-        f"{protocol['samples']} x {protocol['seqlen']} tokens of the WikiText-2 train part. Mean over seeds "
-        "of calibration and rotation, +- standard deviation where there are several. With w16 the weights "
-        "are those of the rotated float model.",
-        "",
-        "| setting | method | WikiText-2 | C4 | seeds |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
+def write(bench: Bench) -> None:
+    lines = []
     for setting in SETTINGS:
         for method in METHODS:
-            own = [row for row in rows if (row["setting"], row["method"]) == (setting, method)]
+            own, cells = bench.cells({"setting": setting, "method": method})
             if own:
-                cells = [mean([row["perplexity"][name] for row in own]) for name in ("wikitext2", "c4")]
                 name = method.split(" + ")[0].replace("RTN", "none") if setting.startswith("w16") else method
-                lines.append(f"| {setting} | {name} | {cells[0]} | {cells[1]} | {len(own)} |")
-    return "\n".join(lines) + "\n"
+                lines.append([setting, name, *cells, str(len(own))])
+    bench.write_table(
+        "Weights: asymmetric, group 64, clip search; GPTQ with act-order, static groups, damping .01, on "
+        "inputs as quantized (4.5 effective bits). Activations: asymmetric, group 64, 95 % of the range (4.5 "
+        "bits). Keys and values: asymmetric, a head of a token, 95 % (4.5 bits). With w16 the weights are "
+        "those of the rotated float model. Seeds are of calibration and rotation.",
+        ["setting", "method", "WikiText-2", "C4", "seeds"],
+        lines,
+    )
 
 
 if __name__ == "__main__":

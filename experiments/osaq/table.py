@@ -22,7 +22,7 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from windows import Bench, mean
+from windows import Bench
 
 from jaxquant.named import named
 from jaxquant.quant import Grid
@@ -71,38 +71,25 @@ def main() -> None:
             for method in arguments.methods:
                 key = {"method": method, "bits": bits, "group_size": arguments.group_size, "seed": seed}
                 bench.run(key, recipe_of(method, bits, arguments.group_size), tokens)
-                (RESULTS / "table.md").write_text(_table(bench.protocol, bench.rows))
+                write(bench)
 
 
-def _table(protocol: dict, rows: list[dict]) -> str:
-    original = ", ".join(f"{name} {value:.2f}" for name, value in protocol["original"].items())
-    lines = [
-        f"# {protocol['model']}, {protocol['evaluation_windows']} windows of "
-        f"{protocol['evaluation_seqlen']} of WikiText-2 test and of C4, float32",
-        "",
-        f"Original perplexity: {original}. Its weights are dequantized Q4_1 and lie on a 4-bit grid already.",
-        "Asymmetric grids; unless a row says otherwise with clip search (mean square error, and at 2 bits "
-        "neighbouring zeros) and GPTQ with act-order, static groups, damping .01; calibration "
-        f"{protocol['samples']} x {protocol['seqlen']} tokens of the WikiText-2 train part. Mean over seeds, "
-        "+- standard deviation where there are several. Layer error: mean over linears, `tr(D^T H D) / "
-        "tr(W^T H W)` on the calibration tokens.",
-        "",
-        "| bits | group size | method | WikiText-2 | C4 | layer error | seeds |",
-        "| ---: | ---: | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for bits, group_size in sorted({(row["bits"], row["group_size"]) for row in rows}):
+def write(bench: Bench) -> None:
+    lines = []
+    for bits, group_size in sorted({(row["bits"], row["group_size"]) for row in bench.rows}):
         for method in METHODS:
-            wanted = {"bits": bits, "group_size": group_size, "method": method}
-            own = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
-            if not own:
-                continue
-            cells = [mean([row["perplexity"][name] for row in own]) for name in ("wikitext2", "c4")]
-            error = statistics.fmean(row["mean_layer_error"] for row in own)
-            group = group_size or "column"
-            lines.append(
-                f"| {bits} | {group} | {method} | {cells[0]} | {cells[1]} | {error:.2e} | {len(own)} |"
-            )
-    return "\n".join(lines) + "\n"
+            own, cells = bench.cells({"bits": bits, "group_size": group_size, "method": method})
+            if own:
+                error = statistics.fmean(row["mean_layer_error"] for row in own)
+                group = str(group_size or "column")
+                lines.append([str(bits), group, method, *cells, f"{error:.2e}", str(len(own))])
+    bench.write_table(
+        "Asymmetric grids; unless a row says otherwise with clip search (mean square error, and at 2 bits "
+        "neighbouring zeros) and GPTQ with act-order, static groups, damping .01. Layer error: mean over "
+        "linears, `tr(D^T H D) / tr(W^T H W)` on the calibration tokens.",
+        ["bits", "group size", "method", "WikiText-2", "C4", "layer error", "seeds"],
+        lines,
+    )
 
 
 if __name__ == "__main__":

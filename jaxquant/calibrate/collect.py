@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxquant.calibrate.moments import Mask, Moments, massive_tokens, merge, observe
 from jaxquant.models.config import ModelConfig
-from jaxquant.models.decoder import TAPS, block, reduce_taps
+from jaxquant.models.decoder import TAPS, block, embed, reduce_taps
 
 # Tokens that go through a block at once: enough for full-speed products, little memory.
 BATCH_TOKENS = 8192
@@ -26,6 +26,13 @@ def batches(array: np.ndarray | jax.Array) -> Iterator[slice]:
     )
     for start in range(0, samples, size):
         yield slice(start, start + size)
+
+
+def embed_all(params: dict[str, Any], config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+    """What enters the first block, by `params["embed"]`: float32 `[samples, seqlen, d]`, on the host."""
+    table = {"embed": jnp.asarray(params["embed"])}
+    rows = [np.asarray(embed(table, config, jnp.asarray(tokens[part]))) for part in batches(tokens)]
+    return np.concatenate(rows).astype(np.float32)
 
 
 def block_moments(

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.calibrate.collect import batches
+from jaxquant.calibrate.collect import batches, embed_all
 from jaxquant.errors import NonFiniteError
 from jaxquant.io.source import Source
 from jaxquant.models.config import ModelConfig
-from jaxquant.models.decoder import block, embed
+from jaxquant.models.decoder import block
 
 _STREAM = ("attn_in", "mlp_in")
 
@@ -52,10 +52,7 @@ def offsets(source: Source, tokens: np.ndarray) -> Offsets:
       NonFiniteError: NaN or infinity somewhere; names the block.
     """
     config, count = source.config, tokens.size
-    outer = {"embed": jnp.asarray(source.outer()["embed"])}
-    hidden = np.concatenate(
-        [np.asarray(embed(outer, config, jnp.asarray(tokens[part]))) for part in batches(tokens)]
-    )
+    hidden = embed_all(source.outer(), config, tokens)
     layers = []
     for index in range(config.num_layers):
         params = jax.tree.map(jnp.asarray, source.block(index))
@@ -87,7 +84,7 @@ def _reduce_block(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The block's output, and its sums over the tokens of the batch."""
     taps = (*_STREAM, "mlp_hidden", "keys", "values")
-    y, _, read = block(params, config, x, sliding=sliding, taps=taps)
+    y, _, read = block(params, config, x.astype(config.dtype), sliding=sliding, taps=taps)
     read = {tap: values.astype(jnp.float32) for tap, values in read.items()}
     sums = {"hidden_peak": jnp.max(jnp.abs(read["mlp_hidden"]), axis=(0, 1))}
     for tap in _STREAM:
@@ -100,7 +97,7 @@ def _reduce_block(
         heads = read[tap].reshape(-1, config.num_kv_heads, config.head_dim)
         sums[f"{tap}_second"] = jnp.einsum("thi,thj->hij", heads, heads, precision="highest")
         sums[f"{tap}_sum"] = jnp.sum(heads, axis=0)
-    return y, sums
+    return y.astype(jnp.float32), sums
 
 
 def _add(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -39,7 +39,7 @@ class DampedFactor:
 
     @property
     def damped_inverse(self) -> Float[Array, "n n"]:
-        """`(H + damping mean(diag H) I)^-1`."""
+        """`(H + damping mean(diag H) I)^-1`, symmetric to the last bit."""
         return _gram(self.inverse)
 
 
@@ -128,15 +128,20 @@ def _inverse(a: Array) -> Array:
 
 
 def _gram(u: Array) -> Array:
-    """`U^T U` of an upper triangular matrix: a third of the work of the plain product."""
+    """`U^T U` of an upper triangular matrix: a third of the work of the plain product, and symmetric."""
     n = u.shape[0]
     if n <= _PANEL_ROWS:
-        return jnp.matmul(u.T, u, precision="highest")
+        return _symmetric(jnp.matmul(u.T, u, precision="highest"))
     middle = n // 2
     first, above, last = u[:middle, :middle], u[:middle, middle:], u[middle:, middle:]
     corner = jnp.matmul(first.T, above, precision="highest")
-    rest = jnp.matmul(above.T, above, precision="highest") + _gram(last)
+    rest = _symmetric(jnp.matmul(above.T, above, precision="highest")) + _gram(last)
     return jnp.block([[_gram(first), corner], [corner.T, rest]])
+
+
+def _symmetric(a: Array) -> Array:
+    """Products of a matrix with its own transpose are, up to rounding."""
+    return (a + a.T) / 2
 
 
 def _flipped_cholesky(h: Array) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxquant.calibrate.offsets import Offsets
 from jaxquant.errors import UsageError
-from jaxquant.linalg import hadamard
+from jaxquant.linalg import base_order, hadamard
 from jaxquant.methods.rotate import Rotations
 
 #: How the basis of the residual stream is found; see `stream_basis`.
@@ -43,12 +43,12 @@ def offq(stats: Offsets, group_size: int, *, basis: Basis = "mixed", sort: bool 
       UsageError: g does not divide the channels, no Hadamard matrix of an order is known, or an unknown
         basis.
     """
-    sizes = {"residual stream": len(stats.all), "hidden units": stats.hidden_peak.shape[1]}
-    for name, channels in sizes.items():
-        if channels % group_size:
-            raise UsageError(
-                f"offq: {channels} channels of the {name} are not divisible by groups of {group_size}"
-            )
+    check_groups(
+        group_size,
+        hidden_size=len(stats.all),
+        intermediate_size=stats.hidden_peak.shape[1],
+        head_dim=stats.keys.shape[-1],
+    )
     u = stream_basis(stats, basis)
     if sort:
         # What one token of a sequence has is little in the mean of all tokens, and an outlier all the same.
@@ -65,6 +65,28 @@ def offq(stats: Offsets, group_size: int, *, basis: Basis = "mixed", sort: bool 
         hidden=np.array([spread_leaders(peak, group_size) for peak in stats.hidden_peak]),
         hidden_block=group_size,
     )
+
+
+def check_groups(group_size: int, *, hidden_size: int, intermediate_size: int, head_dim: int) -> None:
+    """That groups of a model's channels can be rotated.
+
+    Raises:
+      UsageError: the group size does not divide the channels, or a Hadamard matrix is missing.
+    """
+    for name, channels in (("residual stream", hidden_size), ("hidden units", intermediate_size)):
+        if channels % group_size:
+            raise UsageError(
+                f"OffQ: {channels} channels of the {name} are not divisible by group_size={group_size}; give "
+                "another one"
+            )
+    for name, order in (("group_size", group_size), ("head_dim", head_dim)):
+        try:
+            base_order(order)
+        except UsageError:
+            raise UsageError(
+                f"OffQ: no Hadamard matrix of order {name}={order} is known; 2, 4, 8, .. and most multiples "
+                "of 4 have one"
+            ) from None
 
 
 def stream_basis(stats: Offsets, basis: Basis = "mixed") -> np.ndarray:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
+from jaxquant.errors import UsageError
+from jaxquant.options import build
 from jaxquant.quant import ActivationGrid
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
@@ -96,10 +99,23 @@ class Precision:
         }
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Precision:
-        """The precision that `to_dict` wrote."""
-        grids = {name: ActivationGrid(**value) for name, value in fields.items() if isinstance(value, dict)}
-        return cls(**{**fields, **grids})
+    def from_dict(cls, fields: Mapping[str, Any]) -> Precision:
+        """The precision that `to_dict` wrote.
+
+        Raises:
+          UsageError: an unknown place, or no grid; names it.
+        """
+        built = dict(fields)
+        for name in set(fields) - {"hidden_hadamard"}:
+            where = f"precision.{name}"
+            if not isinstance(fields[name], Mapping):
+                raise UsageError(f"{where}: {fields[name]!r} is no grid; give a table such as {{ bits = 4 }}")
+            try:
+                built[name] = build(ActivationGrid, where, fields[name])
+            except UsageError as error:
+                text = str(error)
+                raise UsageError(text if text.startswith(where) else f"{where}: {text}") from None
+        return build(cls, "precision", built)
 
 
 #: Nothing is quantized while the model runs.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from jaxquant.errors import UsageError
+from jaxquant.quant.grid import working_dtype
 
 #: How an asymmetric range is found; see `ActivationGrid`.
 Range = Literal["midpoint", "zero"]
@@ -125,5 +126,4 @@ class ActivationGrid:
         return f"{self.bits} bits {size} {kind}{clip}"
 
     def _grouped(self, x: Array) -> Array:
-        wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-        return wide.reshape(*x.shape[:-1], self.groups(x.shape[-1]), -1)
+        return x.astype(working_dtype(x.dtype)).reshape(*x.shape[:-1], self.groups(x.shape[-1]), -1)

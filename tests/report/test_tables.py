@@ -41,7 +41,8 @@ def test_plain_output_has_one_aligned_line_per_row():
     assert lines[-1].endswith("0:00")
 
 
-def test_terminal_output_shows_progress_and_keeps_the_rows():
+def test_terminal_output_shows_progress_and_keeps_the_rows(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")  # a dumb one gets no bar
     text = run([ROW] * 2, terminal=True, skip=1)
     assert text.count("blocks.3.mlp.down") == 2
     assert "3/4" in text
