@@ -75,15 +75,17 @@ def _rotated(name: str, grid: Grid, gptq: GPTQ) -> tuple[tuple[Stage, ...], Grid
             raise UsageError(
                 f"{name}: {what}{bits} is out of range; use {what}2 to {what}8, or {what}16 for none"
             )
-    if found[1] == "offq" and grid.group_size is None:
+    stages: tuple[Stage, ...]
+    if found[1] == "rtn":
+        stages = (RTN(),)
+    elif found[1] == "quarot":
+        stages = (QuaRot(), gptq)
+    elif grid.group_size is None:
         raise UsageError(f"{name} needs groups: give a group_size that divides the channels")
-    stages: dict[str, Callable[[], tuple[Stage, ...]]] = {
-        "rtn": lambda: (RTN(),),
-        "quarot": lambda: (QuaRot(), gptq),
-        "offq": lambda: (OffQ(group_size=grid.group_size or 0), gptq),
-    }
+    else:
+        stages = (OffQ(group_size=grid.group_size), gptq)
     tokens = (
         ActivationGrid(bits=activation, group_size=grid.group_size, clip=_CLIP) if activation < 16 else None
     )
     heads = ActivationGrid(bits=cache, clip=_CLIP) if cache < 16 else None
-    return stages[found[1]](), dataclasses.replace(grid, bits=weight), Precision.uniform(tokens, heads)
+    return stages, dataclasses.replace(grid, bits=weight), Precision.uniform(tokens, heads)

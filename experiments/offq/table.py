@@ -26,7 +26,7 @@ from jaxquant.named import named
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe, chain
 from jaxquant.stages import GPTQ, RTN
-from jaxquant.surgery import OffQ, QuaRot, Surgery
+from jaxquant.surgery import OffQ, QuaRot, Surgery, operate
 
 RESULTS = Path(__file__).parent / "results"
 GRID = Grid(bits=4, group_size=64, clip="mse")
