@@ -87,5 +87,5 @@ def _rotated(name: str, grid: Grid, gptq: GPTQ) -> tuple[tuple[Stage, ...], Grid
     tokens = (
         ActivationGrid(bits=activation, group_size=grid.group_size, clip=_CLIP) if activation < 16 else None
     )
-    heads = ActivationGrid(bits=cache, clip=_CLIP) if cache < 16 else None
+    heads = ActivationGrid(bits=cache, clip=_CLIP, scale_dtype="float16") if cache < 16 else None
     return stages, dataclasses.replace(grid, bits=weight), Precision.uniform(tokens, heads)

@@ -1,8 +1,9 @@
 """One decoder-only transformer for every family, as pure functions of `(params, config, tokens)`.
 
 The parameters of all blocks are stacked on axis 0 and scanned, so compile time does not grow with depth;
-`block` is the same computation for one block alone. Kernels are float arrays or anything that defines
-`x @ kernel` (a packed `QArray`); float kernels are cast to the dtype of the activations where they are used.
+`block` is the same computation for one block alone. Kernels are float arrays, cast to the dtype of the
+activations where they are used, or anything that defines `x @ kernel` (a packed `QArray`); where the
+precision quantizes activations, x is a `QActivation`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jaxquant.models.attention import attention
 from jaxquant.models.cache import KVCache
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.models.rotary import rotate, tables
-from jaxquant.quant import ActivationGrid
+from jaxquant.quant import ActivationGrid, QActivation
 
 Params = dict[str, Any]
 
@@ -243,13 +244,11 @@ def _block(
     q, k = rotate(q, cos, sin) * config.query_scale, rotate(k, cos, sin)
     if "key_rotation" in attn:
         q, k = _turn_keys(attn, q, k)
-    k, v = _quantize(k, precision.keys), _quantize(v, precision.values)
-    tapped_keys, tapped_values = (heads.reshape(batch, length, -1) for heads in (k, v))
+    new = [_values(_quantize(heads, grid)) for heads, grid in ((k, precision.keys), (v, precision.values))]
     start = None
     if cache is not None:
-        start, at = cache.length, (0, cache.length, 0, 0)
-        k, v = (lax.dynamic_update_slice(old, new, at) for old, new in ((cache.k, k), (cache.v, v)))
-        cache = KVCache(k=k, v=v, length=start + length)
+        start, cache = cache.length, cache.append(k, v, precision)
+    k, v = new if cache is None else cache.heads(x.dtype)
     attn_out = attention(q, k, v, window=config.sliding_window, sliding=sliding, start=start)
     attn_out = _quantize(attn_out, precision.attn_out)
     y = _linear(attn["o"], attn_out)
@@ -264,13 +263,19 @@ def _block(
     y = _linear(mlp["down"], mlp_hidden)
     x = x + _branch(block_params, config, "mlp", y)
 
-    values_by_tap = dict(zip(TAPS, (attn_in, attn_out, mlp_in, mlp_hidden), strict=True))
-    values_by_tap |= {"keys": tapped_keys, "values": tapped_values}
+    values_by_tap = dict(zip(TAPS, map(_values, (attn_in, attn_out, mlp_in, mlp_hidden)), strict=True))
+    values_by_tap |= {
+        tap: heads.reshape(batch, length, -1) for tap, heads in zip(CACHE_TAPS, new, strict=True)
+    }
     return x, cache, {tap: values_by_tap[tap] for tap in taps}
 
 
-def _quantize(x: jax.Array, grid: ActivationGrid | None) -> jax.Array:
-    return x if grid is None else grid.fake_quantize(x)
+def _quantize(x: jax.Array, grid: ActivationGrid | None) -> jax.Array | QActivation:
+    return x if grid is None else QActivation.of(x, grid)
+
+
+def _values(x: jax.Array | QActivation) -> jax.Array:
+    return x.dequantize() if isinstance(x, QActivation) else x
 
 
 def _turn_keys(attn: Params, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -292,15 +297,16 @@ def _branch(block_params: Params, config: ModelConfig, part: str, y: jax.Array) 
     return y if rotation is None else _matmul(y, rotation, y.dtype)
 
 
-def _linear(linear: Params, x: jax.Array) -> jax.Array:
+def _linear(linear: Params, x: jax.Array | QActivation) -> jax.Array:
     y = _matmul(x, linear["kernel"], x.dtype)
     if "bias" in linear:
-        y = y + lax.expand_dims(linear["bias"].astype(x.dtype), range(x.ndim - 1))
+        y = y + lax.expand_dims(linear["bias"].astype(y.dtype), range(y.ndim - 1))
     return y
 
 
-def _matmul(x: jax.Array, kernel: Any, dtype: Any) -> jax.Array:
+def _matmul(x: jax.Array | QActivation, kernel: Any, dtype: Any) -> jax.Array:
     if isinstance(kernel, (jax.Array, np.ndarray)):
+        x = _values(x)
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
     return (x @ kernel).astype(dtype)
 

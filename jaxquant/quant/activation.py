@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
@@ -34,6 +35,8 @@ class ActivationGrid:
       symmetric: around 0.
       clip: share of the range that is kept, in (0, 1]; .9 to 1 is usual.
       range: of asymmetric grids.
+      scale_dtype: what scale and lo are rounded to before anything is quantized with them: `"float32"`, or
+        `"float16"`, half as large in a cache, for values below 65504 whose range is above .1 % of the offset.
     """
 
     bits: int = 4
@@ -41,6 +44,7 @@ class ActivationGrid:
     symmetric: bool = False
     clip: float = 1.0
     range: Range = "midpoint"
+    scale_dtype: Literal["float16", "float32"] = "float32"
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -53,6 +57,8 @@ class ActivationGrid:
             raise UsageError(f"activation clip={self.clip} is out of range; use a share of the range up to 1")
         if self.range not in get_args(Range):
             raise UsageError(f"unknown activation range {self.range!r}; use {' or '.join(get_args(Range))}")
+        if self.scale_dtype not in ("float16", "float32"):
+            raise UsageError(f"unknown scale_dtype {self.scale_dtype!r}; use float16 or float32")
 
     def groups(self, channels: int, *, where: str = "") -> int:
         """Groups of a token; `where` names the place in an error.
@@ -71,18 +77,22 @@ class ActivationGrid:
         return channels // size
 
     def effective_bits(self, channels: int) -> float:
-        """Bits a channel with what goes along in float16: a scale a group, and `lo` where asymmetric."""
-        return self.bits + (16 if self.symmetric else 32) * self.groups(channels) / channels
+        """Bits a channel with what goes along in `scale_dtype`: a scale a group, `lo` where asymmetric."""
+        metadata = jnp.finfo(self.scale_dtype).bits * (1 if self.symmetric else 2)
+        return self.bits + metadata * self.groups(channels) / channels
 
     def fit(
         self, x: Float[Array, "*tokens n"]
     ) -> tuple[Float[Array, "*tokens groups"], Float[Array, "*tokens groups"]]:
-        """`(scale, lo)` in float32 (float64 for such an x); in a constant group `lo` is the constant."""
+        """`(scale, lo)` in float32 (float64 for such an x), rounded to a float16 `scale_dtype`.
+
+        In a constant group `lo` is the constant.
+        """
         grouped = self._grouped(x)
         top = 2**self.bits - 1
         low, high = jnp.min(grouped, axis=-1), jnp.max(grouped, axis=-1)
         if self.symmetric:
-            scale = self.clip * jnp.maximum(-low, high) / (2 ** (self.bits - 1) - 1)
+            scale = self._storable(self.clip * jnp.maximum(-low, high) / (2 ** (self.bits - 1) - 1))
             scale = jnp.where(scale > 0, scale, 1)
             return scale, -scale * 2 ** (self.bits - 1)
         if self.range == "zero":
@@ -90,8 +100,8 @@ class ActivationGrid:
         else:
             middle, half = (low + high) / 2, self.clip * (high - low) / 2
             low, high = middle - half, middle + half
-        scale = (high - low) / top
-        return jnp.where(scale > 0, scale, 1), low
+        scale = self._storable((high - low) / top)
+        return jnp.where(scale > 0, scale, 1), self._storable(low)
 
     def quantize(
         self,
@@ -116,8 +126,7 @@ class ActivationGrid:
 
     def fake_quantize(self, x: Float[Array, "*tokens n"]) -> Float[Array, "*tokens n"]:
         """x as it is after quantization, in its own dtype."""
-        scale, lo = self.fit(x)
-        return self.dequantize(self.quantize(x, scale, lo), scale, lo, x.dtype)
+        return QActivation.of(x, self).dequantize()
 
     def __str__(self) -> str:
         size = "per token" if self.group_size is None else f"g{self.group_size}"
@@ -125,5 +134,40 @@ class ActivationGrid:
         clip = "" if self.clip == 1 else f", clip {self.clip:g}"
         return f"{self.bits} bits {size} {kind}{clip}"
 
+    def _storable(self, a: Array) -> Array:
+        if self.scale_dtype == "float32":
+            return a
+        largest = jnp.finfo(jnp.float16).max.astype(a.dtype)
+        return jnp.clip(a, -largest, largest).astype(jnp.float16).astype(a.dtype)
+
     def _grouped(self, x: Array) -> Array:
         return x.astype(working_dtype(x.dtype)).reshape(*x.shape[:-1], self.groups(x.shape[-1]), -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QActivation:
+    """Quantized activations on their way into a linear; `x @ q` with a `QArray` q multiplies integers.
+
+    Attributes:
+      codes: uint8 `[..., n]`.
+      scale, lo: `[..., groups]`; the values are `lo + scale * code`.
+      grid: what they were quantized with.
+      dtype: of the activations, and of products.
+    """
+
+    codes: UInt8[Array, "*tokens n"]
+    scale: Float[Array, "*tokens groups"]
+    lo: Float[Array, "*tokens groups"]
+    grid: ActivationGrid = dataclasses.field(metadata={"static": True})
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, x: Float[Array, "*tokens n"], grid: ActivationGrid) -> QActivation:
+        """`x` quantized on `grid`."""
+        scale, lo = grid.fit(x)
+        return cls(grid.quantize(x, scale, lo), scale, lo, grid, x.dtype)
+
+    def dequantize(self) -> Float[Array, "*tokens n"]:
+        """The values in `dtype`: `grid.fake_quantize` of what was quantized."""
+        return self.grid.dequantize(self.codes, self.scale, self.lo, self.dtype)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from jaxquant.kernels.dequant_matmul import dequant_matmul
+from jaxquant.kernels.integer_matmul import integer_matmul
+from jaxquant.quant.activation import QActivation
 from jaxquant.quant.grid import Grid
 from jaxquant.quant.packing import block_rows, pack, unpack
 
@@ -87,15 +89,25 @@ class QArray:
             return weight
         return jnp.take_along_axis(weight, jnp.argsort(self.order, axis=-1)[..., None], axis=-2)
 
-    def __rmatmul__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
+    def __rmatmul__(self, x: Float[Array, "*rows in"] | QActivation) -> Float[Array, "*rows out"]:
         """`x @ q` in the dtype of `x`; the dequantized weight is never materialized as a whole.
 
-        `q` must be one matrix: `vmap` or `scan` over the leading axes of a stack.
+        Quantized activations are multiplied as integers, unless `order` tears their groups apart. `q` must be
+        one matrix: `vmap` or `scan` over the leading axes of a stack.
         """
         if self.words.ndim != 3:
             raise ValueError(
                 f"x @ QArray needs one matrix, not a stack of {self.scale.shape[:-2]}; use jax.vmap"
             )
+        zero = jnp.full_like(self.scale, self.grid.constant_zero) if self.zero is None else self.zero
+        if isinstance(x, QActivation):
+            if x.codes.shape[-1] == self.shape[0] and self.order is None:
+                y = integer_matmul(
+                    x.codes, x.scale, x.lo, self.words, self.scale, zero,
+                    x_bits=x.grid.bits, bits=self.grid.bits, block=self.block,
+                )  # fmt: skip
+                return y.astype(x.dtype)
+            x = x.dequantize()
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x @ QArray: x is {x.dtype}; convert it to a float dtype")
@@ -103,7 +115,6 @@ class QArray:
             raise ValueError(f"x @ QArray: x has {x.shape[-1]} features, the weight {self.shape[0]} inputs")
         if self.order is not None:
             x = jnp.take(x, self.order, axis=-1)
-        zero = jnp.full_like(self.scale, self.grid.constant_zero) if self.zero is None else self.zero
         return dequant_matmul(x, self.words, self.scale, zero, bits=self.grid.bits, block=self.block)
 
 

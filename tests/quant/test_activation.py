@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from jaxquant.errors import UsageError
 from jaxquant.linalg import hadamard_transform
-from jaxquant.quant import ActivationGrid
+from jaxquant.quant import ActivationGrid, QActivation
 
 GRIDS = [
     ActivationGrid(bits=4),
@@ -20,6 +20,7 @@ GRIDS = [
     ActivationGrid(bits=8, group_size=32, symmetric=True),
     ActivationGrid(bits=3, group_size=16, range="zero", clip=0.9),
 ]
+HALF = ActivationGrid(bits=4, scale_dtype="float16")
 
 
 def tokens(*shape: int, seed: int = 0) -> np.ndarray:
@@ -116,7 +117,30 @@ def test_the_leader_of_a_hadamard_group_can_be_anything():
         assert errors[1] > 1.5 * errors[0]
 
 
-@pytest.mark.parametrize(("grid", "bits"), [(GRIDS[0], 4.5), (GRIDS[1], 6.0), (GRIDS[2], 8.5)], ids=str)
+def test_scales_are_rounded_before_they_are_used():
+    x = jnp.asarray(tokens(8, 64) * 5, jnp.float32)
+    scale, lo = HALF.fit(x)
+    for a in (scale, lo):
+        np.testing.assert_array_equal(a.astype(jnp.float16).astype(jnp.float32), a)
+    codes = HALF.quantize(x, scale, lo)
+    np.testing.assert_array_equal(HALF.fake_quantize(x), lo + scale * codes.astype(jnp.float32))
+    whole = GRIDS[0].fake_quantize(x)
+    assert 0 < float(jnp.abs(HALF.fake_quantize(x) - whole).max()) < float(scale.max())
+    # Beyond float16 a value is wrong but finite; a group too narrow for it becomes its offset.
+    assert bool(jnp.all(jnp.isfinite(HALF.fake_quantize(jnp.asarray([[1e6, -1e6]], jnp.float32)))))
+    narrow = jnp.asarray([[1.0, 1.0 + 1e-7]], jnp.float32)
+    np.testing.assert_array_equal(HALF.fake_quantize(narrow), jnp.ones((1, 2)))
+
+
+def test_the_pytree_of_quantized_activations():
+    x = jnp.asarray(tokens(3, 64), jnp.bfloat16)
+    q = jax.jit(QActivation.of, static_argnums=1)(x, GRIDS[1])
+    assert q.codes.dtype == jnp.uint8
+    assert q.dequantize().dtype == q.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(q.dequantize(), jax.jit(GRIDS[1].fake_quantize)(x))
+
+
+@pytest.mark.parametrize(("grid", "bits"), [(GRIDS[0], 5.0), (HALF, 4.5), (GRIDS[2], 9.0)], ids=str)
 def test_effective_bits_count_scales_and_offsets(grid, bits):
     assert grid.effective_bits(64) == bits
 
@@ -130,6 +154,7 @@ def test_effective_bits_count_scales_and_offsets(grid, bits):
         ({"group_size": 0}, "use None for one group a token"),
         ({"clip": 1.1}, "activation clip=1.1 is out of range"),
         ({"range": "raw"}, "unknown activation range 'raw'; use midpoint or zero"),
+        ({"scale_dtype": "bfloat16"}, "unknown scale_dtype 'bfloat16'; use float16 or float32"),
     ],
 )
 def test_impossible_options(options, message):

@@ -1,0 +1,37 @@
+"""The choice of an implementation of the integer matmul."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, UInt, UInt8
+
+from jaxquant.kernels.integer_matmul import scan
+
+
+def integer_matmul(
+    x: UInt8[Array, "*rows in"],
+    x_scale: Float[Array, "*rows x_groups"],
+    x_lo: Float[Array, "*rows x_groups"],
+    words: UInt[Array, "blocks words out"],
+    scale: Float[Array, "groups out"],
+    zero: Float[Array, "groups out"],
+    *,
+    x_bits: int,
+    bits: int,
+    block: int,
+) -> Float[Array, "*rows out"]:
+    """`(x_lo + x_scale * x) @ (scale * (code - zero))` with products of integers (arXiv 2606.07116).
+
+    Codes are multiplied as int8 and added up in int32, exactly; scales, offsets and zeros join in the dtype
+    of `x_scale`, where the result is, float32 or float64.
+
+    Args:
+      x: codes of activations, 0 to `2^x_bits - 1`; leading axes are free.
+      x_scale, x_lo: one of each per group of channels of a token.
+      words: codes of weights packed by `quant.packing.pack`, `block` rows at a time.
+      scale, zero: one row per group; the rows of a group are a whole number of blocks.
+      x_bits, bits: 1 to 8.
+      block: input rows in one packed block.
+    """
+    codes, x_scale, x_lo = (a.reshape(-1, a.shape[-1]) for a in (x, x_scale, x_lo))
+    y = scan.integer_matmul(codes, x_scale, x_lo, words, scale, zero, x_bits=x_bits, bits=bits, block=block)
+    return y.reshape(*x.shape[:-1], y.shape[-1])

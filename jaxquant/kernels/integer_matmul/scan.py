@@ -1,0 +1,60 @@
+"""The portable implementation: a scan over groups of int8 products that XLA adds up in int32."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt, UInt8
+
+from jaxquant.quant.packing import unpack
+
+
+def integer_matmul(
+    x: UInt8[Array, "rows in"],
+    x_scale: Float[Array, "rows x_groups"],
+    x_lo: Float[Array, "rows x_groups"],
+    words: UInt[Array, "blocks words out"],
+    scale: Float[Array, "groups out"],
+    zero: Float[Array, "groups out"],
+    *,
+    x_bits: int,
+    bits: int,
+    block: int,
+) -> Float[Array, "rows out"]:
+    """With tiles t of channels inside one group of either side, and codes p, q with their middle at 0:
+
+        y = sum_t s_t S_t (p_t . q_t) + sum_t c_t S_t (sum q_t - n Z_t) - sum_t s_t (sum p_t) S_t Z_t
+
+    s, c: scale of x and its value at p = 0; S, Z: scale of the weight and its code of value 0; n: channels of
+    a tile. Shapes as in `reference`. Centred codes of up to 8 bits are int8; the sums are exact in int32.
+    """
+    rows, channels = x.shape
+    wide, out = x_scale.dtype, words.shape[-1]
+    size = math.gcd(channels // x_scale.shape[1], channels // scale.shape[0])
+    tiles = channels // size
+
+    def spread(a: Array, axis: int) -> Array:
+        return jnp.repeat(a.astype(wide), tiles // a.shape[axis], axis=axis)
+
+    p = _centred(x, x_bits).reshape(rows, tiles, size).swapaxes(0, 1)
+    q = _centred(unpack(words, bits, block).reshape(channels, out), bits).reshape(tiles, size, out)
+    s, big_s = spread(x_scale, 1), spread(scale, 0)
+    c, big_z = spread(x_lo, 1) + s * 2 ** (x_bits - 1), spread(zero, 0) - 2 ** (bits - 1)
+
+    def add_tile(acc: Array, tile: tuple[Array, Array, Array, Array]) -> tuple[Array, None]:
+        p, q, s, big_s = tile
+        product = jax.lax.dot(p, q, preferred_element_type=jnp.int32).astype(wide)
+        return acc + s[:, None] * product * big_s[None], None
+
+    acc, _ = jax.lax.scan(add_tile, jnp.zeros((rows, out), wide), (p, q, s.T, big_s))
+    sums_p = jnp.sum(p, axis=-1, dtype=jnp.int32).T.astype(wide)
+    sums_q = jnp.sum(q, axis=1, dtype=jnp.int32).astype(wide)
+    left = jnp.concatenate([c, -s * sums_p], axis=1)
+    right = jnp.concatenate([big_s * (sums_q - size * big_z), big_s * big_z])
+    return acc + jnp.matmul(left, right, precision="highest")
+
+
+def _centred(codes: Array, bits: int) -> Array:
+    return (codes.astype(jnp.int16) - 2 ** (bits - 1)).astype(jnp.int8)

@@ -1,0 +1,107 @@
+"""Every implementation of the integer matmul against its specification, and quantized activations into it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant.kernels.integer_matmul import integer_matmul, reference, scan
+from jaxquant.quant import ActivationGrid, Grid, QActivation, QArray, pack, quantize
+
+
+def problem(x_bits: int, bits: int, x_groups: int, groups: int, blocks: int, block: int, rows=5, out=24):
+    rng = np.random.default_rng(x_bits)
+    channels = blocks * block
+    x = jnp.asarray(rng.integers(0, 2**x_bits, (rows, channels)), jnp.uint8)
+    x_scale = jnp.asarray(rng.uniform(0.5, 2, (rows, x_groups)), jnp.float32)
+    x_lo = jnp.asarray(rng.standard_normal((rows, x_groups)) * 20, jnp.float32)
+    words = pack(jnp.asarray(rng.integers(0, 2**bits, (blocks, block, out)), jnp.uint8), bits)
+    scale = jnp.asarray(rng.uniform(0.5, 2, (groups, out)), jnp.float16)
+    # A refit leaves zeros that are no integers.
+    zero = jnp.asarray(rng.uniform(0, 2**bits - 1, (groups, out)), jnp.float16)
+    return x, x_scale, x_lo, words, scale, zero
+
+
+# Equal groups; narrower on either side; neither divides the other; one for all; all 8 bits; 1-bit weights.
+CASES = [
+    (4, 4, 9, 9, 9, 64),
+    (4, 3, 12, 6, 6, 32),
+    (4, 4, 3, 6, 12, 16),
+    (3, 2, 4, 6, 6, 32),
+    (8, 4, 1, 1, 4, 24),
+    (8, 8, 2, 2, 4, 128),
+    (2, 1, 2, 2, 2, 48),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scan_equals_reference(case):
+    x_bits, bits, *_, block = case
+    arrays = problem(*case)
+    options = {"x_bits": x_bits, "bits": bits, "block": block}
+    expected = reference.integer_matmul(*arrays, **options)
+    tolerance = 1e-5 * float(jnp.max(jnp.abs(expected)))
+    for implementation in (scan.integer_matmul, integer_matmul):
+        y = jax.jit(lambda *a, f=implementation: f(*a, **options))(*arrays)
+        np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float64_equals_numpy(case):
+    x_bits, bits, *_, block = case
+    with jax.enable_x64(True):
+        x, x_scale, x_lo, words, scale, zero = problem(*case)
+        x_scale, x_lo = x_scale.astype(jnp.float64), x_lo.astype(jnp.float64)
+        y = integer_matmul(x, x_scale, x_lo, words, scale, zero, x_bits=x_bits, bits=bits, block=block)
+    channels = x.shape[1]
+    x, x_scale, x_lo, big_s, big_z = (np.asarray(a, np.float64) for a in (x, x_scale, x_lo, scale, zero))
+    per_x, per_w = channels // x_lo.shape[1], channels // big_s.shape[0]
+    values = np.repeat(x_lo, per_x, axis=1) + np.repeat(x_scale, per_x, axis=1) * x
+    weight = QArray(words, scale, zero, None, Grid(bits=bits, group_size=per_w), (channels, words.shape[-1]))
+    codes = np.asarray(weight.codes(), np.float64)
+    dense = np.repeat(big_s, per_w, axis=0) * (codes - np.repeat(big_z, per_w, axis=0))
+    np.testing.assert_allclose(y, values @ dense, rtol=1e-12, atol=1e-10)
+
+
+def test_products_are_those_of_integers():
+    """No float enters a product: the compiled program multiplies int8 and adds int32."""
+    arrays = problem(*CASES[0])
+    text = jax.jit(lambda *a: integer_matmul(*a, x_bits=4, bits=4, block=64)).lower(*arrays).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert sum("xi8>" in line and "xi32>" in line for line in products) == 1
+    assert len(products) == 2  # the other one: scales, offsets and sums, one row a group
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("size", [None, 16, 32])
+def test_activations_times_weights(symmetric, size):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 7, 96)) + 3, jnp.float32)
+    w = quantize(
+        jnp.asarray(rng.standard_normal((96, 40)), jnp.float32),
+        Grid(bits=4, group_size=32, symmetric=symmetric),
+    )
+    grid = ActivationGrid(bits=4, group_size=size, clip=0.95)
+    y = jax.jit(lambda x, w: QActivation.of(x, grid) @ w)(x, w)
+    expected = jnp.matmul(grid.fake_quantize(x), w.dequantize(), precision="highest")
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+    assert (QActivation.of(x.astype(jnp.bfloat16), grid) @ w).dtype == jnp.bfloat16
+
+
+def test_an_order_of_inputs_falls_back_to_values():
+    rng = np.random.default_rng(0)
+    codes = jnp.asarray(rng.integers(0, 16, (64, 8)), jnp.uint8)
+    scale, zero = jnp.ones((2, 8), jnp.float16), jnp.full((2, 8), 7, jnp.float16)
+    order = jnp.asarray(rng.permutation(64), jnp.int32)
+    w = QArray.from_codes(codes, scale, zero, Grid(bits=4, group_size=32), order=order)
+    x, grid = jnp.asarray(rng.standard_normal((3, 64)), jnp.float32), ActivationGrid(bits=4, group_size=16)
+    expected = jnp.matmul(grid.fake_quantize(x), w.dequantize(), precision="highest")
+    np.testing.assert_allclose(QActivation.of(x, grid) @ w, expected, atol=1e-4)
+
+
+def test_widths_must_agree():
+    w = quantize(jnp.ones((64, 8)), Grid(bits=4))
+    with pytest.raises(ValueError, match="x has 32 features, the weight 64 inputs"):
+        QActivation.of(jnp.ones((3, 32)), ActivationGrid(bits=4)) @ w
