@@ -3,7 +3,7 @@
 The parameters of all blocks are stacked on axis 0 and scanned, so compile time does not grow with depth;
 `block` is the same computation for one block alone. Kernels are float arrays, cast to the dtype of the
 activations where they are used, or anything that defines `x @ kernel` (a packed `QArray`); where the
-precision quantizes activations, x is a `QActivation`.
+precision quantizes activations, x is a `QActivation` there, and for float kernels the values it stands for.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def _block(
     batch, length = x.shape[:2]
 
     precision = config.precision
-    attn_in = _quantize(rms_norm(x, block_params["attn_norm"], config), precision.attn_in)
+    attn_in = _quantize(rms_norm(x, block_params["attn_norm"], config), precision.attn_in, attn["q"])
     q, k, v = (_linear(attn[name], attn_in).reshape(batch, length, -1, config.head_dim) for name in "qkv")
     if config.qk_norm:
         q, k = rms_norm(q, attn["q_norm"], config), rms_norm(k, attn["k_norm"], config)
@@ -244,22 +244,22 @@ def _block(
     q, k = rotate(q, cos, sin) * config.query_scale, rotate(k, cos, sin)
     if "key_rotation" in attn:
         q, k = _turn_keys(attn, q, k)
-    new = [_values(_quantize(heads, grid)) for heads, grid in ((k, precision.keys), (v, precision.values))]
+    new = [_fake_quantize(heads, grid) for heads, grid in ((k, precision.keys), (v, precision.values))]
     start = None
     if cache is not None:
         start, cache = cache.length, cache.append(k, v, precision)
     k, v = new if cache is None else cache.heads(x.dtype)
     attn_out = attention(q, k, v, window=config.sliding_window, sliding=sliding, start=start)
-    attn_out = _quantize(attn_out, precision.attn_out)
+    attn_out = _quantize(attn_out, precision.attn_out, attn["o"])
     y = _linear(attn["o"], attn_out)
     x = x + _branch(block_params, config, "attn", y)
 
-    mlp_in = _quantize(rms_norm(x, block_params["mlp_norm"], config), precision.mlp_in)
+    mlp_in = _quantize(rms_norm(x, block_params["mlp_norm"], config), precision.mlp_in, mlp["gate"])
     mlp_hidden = _activate(_linear(mlp["gate"], mlp_in), config) * _linear(mlp["up"], mlp_in)
     if precision.hidden_hadamard:
         blocks = mlp_hidden.reshape(batch, length, -1, precision.hidden_hadamard)
         mlp_hidden = hadamard_transform(blocks).reshape(mlp_hidden.shape)
-    mlp_hidden = _quantize(mlp_hidden, precision.mlp_hidden)
+    mlp_hidden = _quantize(mlp_hidden, precision.mlp_hidden, mlp["down"])
     y = _linear(mlp["down"], mlp_hidden)
     x = x + _branch(block_params, config, "mlp", y)
 
@@ -270,8 +270,15 @@ def _block(
     return x, cache, {tap: values_by_tap[tap] for tap in taps}
 
 
-def _quantize(x: jax.Array, grid: ActivationGrid | None) -> jax.Array | QActivation:
-    return x if grid is None else QActivation.of(x, grid)
+def _quantize(x: jax.Array, grid: ActivationGrid | None, reader: Params) -> jax.Array | QActivation:
+    """Integers where the linear that reads `x` has some too, otherwise values that pass gradients on."""
+    if grid is None or _is_array(reader["kernel"]):
+        return _fake_quantize(x, grid)
+    return QActivation.of(x, grid)
+
+
+def _fake_quantize(x: jax.Array, grid: ActivationGrid | None) -> jax.Array:
+    return x if grid is None else grid.fake_quantize(x)
 
 
 def _values(x: jax.Array | QActivation) -> jax.Array:
@@ -305,10 +312,14 @@ def _linear(linear: Params, x: jax.Array | QActivation) -> jax.Array:
 
 
 def _matmul(x: jax.Array | QActivation, kernel: Any, dtype: Any) -> jax.Array:
-    if isinstance(kernel, (jax.Array, np.ndarray)):
+    if _is_array(kernel):
         x = _values(x)
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
     return (x @ kernel).astype(dtype)
+
+
+def _is_array(kernel: Any) -> bool:
+    return isinstance(kernel, (jax.Array, np.ndarray))
 
 
 def _activate(x: jax.Array, config: ModelConfig) -> jax.Array:

@@ -125,8 +125,8 @@ class ActivationGrid:
         return (lo[..., None] + scale[..., None] * grouped).reshape(codes.shape).astype(dtype)
 
     def fake_quantize(self, x: Float[Array, "*tokens n"]) -> Float[Array, "*tokens n"]:
-        """x as it is after quantization, in its own dtype."""
-        return QActivation.of(x, self).dequantize()
+        """x as it is after quantization, in its own dtype; gradients pass straight through to x."""
+        return _straight_through(x, QActivation.of(x, self).dequantize())
 
     def __str__(self) -> str:
         size = "per token" if self.group_size is None else f"g{self.group_size}"
@@ -171,3 +171,15 @@ class QActivation:
     def dequantize(self) -> Float[Array, "*tokens n"]:
         """The values in `dtype`: `grid.fake_quantize` of what was quantized."""
         return self.grid.dequantize(self.codes, self.scale, self.lo, self.dtype)
+
+
+@jax.custom_jvp
+def _straight_through(x: Array, values: Array) -> Array:
+    """`values`, differentiated as if they were x: rounding itself has gradient 0 nearly everywhere."""
+    del x
+    return values
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return primals[1], tangents[0]

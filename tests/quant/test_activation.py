@@ -132,6 +132,15 @@ def test_scales_are_rounded_before_they_are_used():
     np.testing.assert_array_equal(HALF.fake_quantize(narrow), jnp.ones((1, 2)))
 
 
+def test_gradients_pass_straight_through():
+    x, weight = (jnp.asarray(tokens(3, 64, seed=seed), jnp.float32) for seed in (0, 1))
+    grid = GRIDS[1]
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(grid.fake_quantize(x) ** 2 * weight))(x)
+    quantized = grid.fake_quantize(x)
+    np.testing.assert_allclose(gradient, 2 * quantized * weight, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(value, jnp.sum(quantized**2 * weight), rtol=1e-5)
+
+
 def test_the_pytree_of_quantized_activations():
     x = jnp.asarray(tokens(3, 64), jnp.bfloat16)
     q = jax.jit(QActivation.of, static_argnums=1)(x, GRIDS[1])
