@@ -138,7 +138,7 @@ def quantize(
         )
         stage = GPTQ(act_order=act_order, groups=groups, percdamp=percdamp)  # pyright: ignore[reportArgumentType]
         chosen = named(recipe, grid, gptq=stage, true_sequential=true_sequential)
-        if chosen.grid.bits != bits:
+        if chosen.keeps or chosen.grid.bits != bits:
             _refuse(context, ("bits",), f"--recipe {recipe}")
         if stage not in chosen.stages:
             _refuse(context, _GPTQ_FLAGS, f"--recipe {recipe}")

@@ -62,7 +62,7 @@ def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
         "model": manifest["source"]["name"],
         "recipe_name": " + ".join(stage.name or type(stage).__name__ for stage in recipe.stages),
         "recipe": str(recipe),
-        "grid": str(recipe.grid),
+        "grid": "weights in 16 bits" if recipe.keeps else str(recipe.grid),
         "effective_bits": summary["effective_bits"],
         "bytes_before": summary["source_bytes"],
         "bytes_after": summary["disk_bytes"],

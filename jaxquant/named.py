@@ -10,7 +10,7 @@ from jaxquant.errors import UsageError
 from jaxquant.models.config import Precision
 from jaxquant.quant import ActivationGrid, Grid
 from jaxquant.recipe import Recipe, chain
-from jaxquant.stages import AWQ, GPTQ, OSAQ, RTN, Best, CoordinateDescent, MagR, Refit, Stage
+from jaxquant.stages import AWQ, GPTQ, OSAQ, RTN, Best, CoordinateDescent, Keep, MagR, Refit, Stage
 from jaxquant.surgery import OffQ, QuaRot
 
 
@@ -68,24 +68,24 @@ def _rotated(name: str, grid: Grid, gptq: GPTQ) -> tuple[tuple[Stage, ...], Grid
     if found is None:
         return None
     weight, activation, cache = (int(bits) for bits in found.groups()[1:])
-    if weight > 8:
-        raise UsageError(f"{name}: weights take 1 to 8 bits; evaluate the original model for more")
-    for what, bits in (("a", activation), ("kv", cache)):
-        if not (2 <= bits <= 8 or bits == 16):
+    for what, least, bits in (("w", 1, weight), ("a", 2, activation), ("kv", 2, cache)):
+        if not (least <= bits <= 8 or bits == 16):
             raise UsageError(
-                f"{name}: {what}{bits} is out of range; use {what}2 to {what}8, or {what}16 for none"
+                f"{name}: {what}{bits} is out of range; use {what}{least} to {what}8, or {what}16 for none"
             )
+    rounding = Keep() if weight == 16 else RTN() if found[1] == "rtn" else gptq
     stages: tuple[Stage, ...]
     if found[1] == "rtn":
-        stages = (RTN(),)
+        stages = (rounding,)
     elif found[1] == "quarot":
-        stages = (QuaRot(), gptq)
+        stages = (QuaRot(), rounding)
     elif grid.group_size is None:
         raise UsageError(f"{name} needs groups: give a group_size that divides the channels")
     else:
-        stages = (OffQ(group_size=grid.group_size), gptq)
+        stages = (OffQ(group_size=grid.group_size), rounding)
     tokens = (
         ActivationGrid(bits=activation, group_size=grid.group_size, clip=_CLIP) if activation < 16 else None
     )
     heads = ActivationGrid(bits=cache, clip=_CLIP, scale_dtype="float16") if cache < 16 else None
-    return stages, dataclasses.replace(grid, bits=weight), Precision.uniform(tokens, heads)
+    grid = grid if weight == 16 else dataclasses.replace(grid, bits=weight)
+    return stages, grid, Precision.uniform(tokens, heads)

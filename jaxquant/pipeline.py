@@ -261,9 +261,12 @@ def _quantize_block(
     holds_out = recipe.holds_out and judges.any() and not recipe.folds
     # One pass serves all taps; true-sequential order needs a pass after each quantized group of linears.
     for stage in [[group] for group in LINEARS] if recipe.true_sequential else [list(LINEARS)]:
-        taps = tuple(tap for tap, _ in stage)
+        kept = {path for _, paths in stage for path in paths if recipe.at(f"blocks.{index}.{path}").keeps}
+        taps = tuple(tap for tap, paths in stage if not kept.issuperset(paths))
 
         def collect(samples: Any, taps: tuple[str, ...] = taps, params: Any = params) -> dict[str, Moments]:
+            if not taps:
+                return {}
             own = None if weights is None else {tap: weights[index][tap][samples] for tap in taps}
             return block_moments(
                 params, config, hidden[samples], sliding=sliding, taps=taps, mask=recipe.mask, weights=own
@@ -284,6 +287,10 @@ def _quantize_block(
             part, name = path.split(".")
             kernel = params[part][name]["kernel"]
             own = recipe.at(f"blocks.{index}.{path}")
+            if path in kept:
+                record["rows"].append(_kept_row(kernel, index, path))
+                on_event({"event": "row", **record["rows"][-1]})
+                continue
             if holds_out and own.holds_out:
                 problem = Problem.of(kernel, seen[tap], own.grid, held_out=held_out[tap])
             else:
@@ -335,6 +342,29 @@ def _quantize_linear(problem: Problem, recipe: Recipe, index: int, path: str) ->
     if stats.choice is not None:
         row["choice"] = recipe.options[int(stats.choice)]
     return packed, row
+
+
+def _kept_row(kernel: jax.Array, index: int, path: str) -> Event:
+    """The row of a linear that stays in floating point: nothing is lost."""
+    module = f"blocks.{index}.{path}"
+    if not bool(jnp.all(jnp.isfinite(kernel))):
+        raise NonFiniteError(f"{module}: NaN or infinity in its weight; check the model file")
+    return {
+        "module": module,
+        "block": index,
+        "linear": path,
+        "shape": list(kernel.shape),
+        "bits": 16,
+        "group_size": None,
+        "error": 0.0,
+        "error_rtn": 0.0,
+        "damping": 0.0,
+        "attempts": 0,
+        "fallback": False,
+        "dead": 0,
+        "bytes": 2 * kernel.size,
+        "seconds": 0.0,
+    }
 
 
 def _histogram(kernel: jax.Array, packed: QArray, module: str) -> Event:

@@ -12,7 +12,7 @@ from jaxquant.errors import UsageError
 from jaxquant.io.checkpoint import PATHS
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.recipe import Recipe
-from jaxquant.stages import RTN
+from jaxquant.stages import RTN, Keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,12 +50,15 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
         for path, (n, m) in shapes.items():
             module = f"blocks.{index}.{path}"
             own, first = recipe.at(module), recipe.at(f"blocks.0.{path}")
-            own.grid.groups(n, where=module)
-            if (own.grid, own.stores_order) != (first.grid, first.stores_order):
+            if (own.grid, own.stores_order, own.keeps) != (first.grid, first.stores_order, first.keeps):
                 raise UsageError(
                     f"{module}: {own}, but block 0 has {first}; blocks are stacked, so give a linear the "
                     "same grid and order of groups in every block"
                 )
+            if own.keeps:
+                packed += 2 * n * m
+                continue
+            own.grid.groups(n, where=module)
             packed += own.grid.effective_bits(n) / 8 * n * m + 4 * n * own.stores_order
     tokens, layers = samples * seqlen, config.num_layers
     runtime_bytes = 0
@@ -74,7 +77,7 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
     # 450 MB: the interpreter, JAX and its compiler.
     peak = 450e6 + 4 * embeddings + 3 * 4 * weights + hessians + solve + activations
 
-    solving = sum(not isinstance(stage, RTN) for stage in recipe.stages)
+    solving = sum(not isinstance(stage, (RTN, Keep)) for stage in recipe.stages)
     solves = solving * sum(n * n * m * 4 + n**3 for n, m in shapes.values())
     passes = (1 + len(LINEARS)) if recipe.true_sequential else 2
     products = passes * 2 * tokens * weights + 2 * tokens * sum(n * n for n in taps)

@@ -34,6 +34,7 @@ from jaxquant.stages import (
     STAGES,
     Best,
     Fold,
+    Keep,
     Refinement,
     Refit,
     Rounding,
@@ -91,6 +92,9 @@ class Recipe:
             raise UsageError(
                 f"a chain is a surgery, folds, transforms, one rounding, refinements; got {shown}"
             )
+        if self.keeps and len(self.stages) > 1 + len(self._of(Surgery)):
+            shown = ", ".join(map(str, self.stages))
+            raise UsageError(f"weights that are kept are not transformed or refined; got {shown}")
         if len(surgeries := self._of(Surgery)) > 1:
             raise UsageError(f"a model is rotated once; got {', '.join(map(str, surgeries))}")
         if surgeries and self.folds:
@@ -138,6 +142,11 @@ class Recipe:
     def surgery(self) -> Surgery | None:
         """The stage that rotates the model, if there is one; `at` leaves it out."""
         return next(iter(self._of(Surgery)), None)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether weights stay in floating point; rules may say otherwise for some."""
+        return bool(self._of(Keep))
 
     @property
     def folds(self) -> tuple[Fold, ...]:
@@ -194,7 +203,7 @@ class Recipe:
         return dataclasses.replace(self, stages=tuple(kept), precision=EXACT, rules=())
 
     def __str__(self) -> str:
-        parts = [" + ".join(map(str, self.stages)), str(self.grid)]
+        parts = [" + ".join(map(str, self.stages)), *([] if self.keeps else [str(self.grid)])]
         if self.precision != EXACT:
             parts.append(str(self.precision))
         if self.true_sequential:

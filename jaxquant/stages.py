@@ -100,6 +100,19 @@ class RTN(Rounding):
         return "RTN"
 
 
+@register("keep")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep(Rounding):
+    """The weight as it is, in 16 bits: for linears that are left alone, and for rotated float models."""
+
+    def __call__(self, problem: Problem) -> Rounded:
+        """Refuses: nothing is rounded, so there is nothing to return."""
+        raise UsageError("keep rounds nothing; it only has a meaning in the recipe of a model")
+
+    def __str__(self) -> str:
+        return "weights in 16 bits"
+
+
 @register("gptq")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTQ(Rounding):

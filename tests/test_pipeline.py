@@ -21,14 +21,14 @@ from jaxquant.calibrate.fisher import fisher_weights
 from jaxquant.calibrate.moments import observe
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.io import checkpoint, load_model
-from jaxquant.methods import layer_error
+from jaxquant.methods import Problem, layer_error
 from jaxquant.models.decoder import TAPS, block, embed, forward, init_params
 from jaxquant.named import named
 from jaxquant.pipeline import quantize_model, read_rows
 from jaxquant.plan import plan
 from jaxquant.quant import Grid, QArray
 from jaxquant.recipe import by_path, chain, masked
-from jaxquant.stages import AWQ, GPTQ, RTN, Best, MagR
+from jaxquant.stages import AWQ, GPTQ, RTN, Best, Keep, MagR
 
 GRID = Grid(bits=3, group_size=16, clip="mse")
 RECIPE = named("gptq", GRID)
@@ -375,3 +375,32 @@ def test_packed_bytes_are_those_that_the_grids_promise(finished):
         * config.num_layers
     )
     assert summary["quantized_bytes"] == promised
+
+
+def test_kept_linears_stay_as_they_are(params, tokens, tmp_path):
+    recipe = by_path({r"mlp\.down": chain(Keep(), grid=GRID)}, RECIPE)
+    summary = quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q")
+    loaded, _ = checkpoint.load_checkpoint(tmp_path / "q")
+    kernel = loaded["blocks"]["mlp"]["down"]["kernel"]
+    np.testing.assert_array_equal(kernel, params["blocks"]["mlp"]["down"]["kernel"].astype(jnp.float16))
+    assert isinstance(loaded["blocks"]["mlp"]["up"]["kernel"], QArray)
+    rows, _ = read_rows(tmp_path / "q")
+    assert {row["bits"] for row in rows if row["linear"] == "mlp.down"} == {16}
+    assert summary["effective_bits"] == pytest.approx(
+        plan(CONFIG, recipe, samples=4, seqlen=24).effective_bits
+    )
+    assert summary["effective_bits"] > 5
+
+
+def test_kept_weights_are_checked(params, tokens, tmp_path):
+    broken = jax.tree.map(lambda leaf: leaf, params)
+    broken["blocks"]["mlp"]["down"]["kernel"] = (
+        params["blocks"]["mlp"]["down"]["kernel"].at[1, 0, 0].set(jnp.nan)
+    )
+    recipe = chain(Keep(), grid=GRID)
+    with pytest.raises(NonFiniteError, match=r"blocks\.1\.mlp\.down: NaN or infinity in its weight"):
+        quantize_model(MemorySource(broken), recipe, tokens, tmp_path / "q")
+    with pytest.raises(UsageError, match="weights that are kept are not transformed"):
+        chain(MagR(), Keep(), grid=GRID)
+    with pytest.raises(UsageError, match="only has a meaning in the recipe of a model"):
+        recipe(Problem.of(jnp.ones((16, 4)), observe(jnp.ones((2, 16))), GRID))

@@ -57,6 +57,44 @@ def test_8_bits_of_a_rotated_model_are_near_the_original(name, params, tokens, t
     assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) < 0.02
 
 
+@pytest.mark.parametrize("name", ["offq", "quarot"])
+def test_16_bits_are_the_rotated_model(name, params, tokens, tmp_path):
+    recipe = named(f"{name}-w16a16kv16", GRID)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    summary = quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q")
+    assert summary["effective_bits"] == 16
+    assert summary["mean_error"] == 0
+    loaded, config = checkpoint.load_checkpoint(tmp_path / "q")
+    assert loaded["blocks"]["mlp"]["down"]["kernel"].dtype == jnp.float16
+    before = forward(params, CONFIG, jnp.asarray(tokens)).logits
+    after = forward(loaded, config, jnp.asarray(tokens)).logits
+    assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) < 2e-3
+    quantized = named(f"{name}-w16a4kv4", GRID)
+    quantize_model(MemorySource(params), quantized, tokens, tmp_path / "a4")
+    loaded, config = checkpoint.load_checkpoint(tmp_path / "a4")
+    assert config.precision.keys.bits == 4
+    after = forward(loaded, config, jnp.asarray(tokens)).logits
+    assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) > 1e-2
+
+
+def test_packed_and_dequantized_weights_compute_the_same(params, tokens, tmp_path):
+    """Products of integers, against values on the same grids in floating point."""
+    quantize_model(MemorySource(params), named("offq-w4a4kv4", GRID), tokens, tmp_path / "q")
+    packed, config = checkpoint.load_checkpoint(tmp_path / "q")
+    values = jax.tree.map(
+        lambda leaf: leaf.dequantize() if isinstance(leaf, QArray) else leaf,
+        packed,
+        is_leaf=lambda leaf: isinstance(leaf, QArray),
+    )
+    run = jax.jit(forward, static_argnames=("config", "taps"))
+    ours, theirs = (
+        run(p, config=config, tokens=jnp.asarray(tokens), taps=("mlp_in",)) for p in (packed, values)
+    )
+    np.testing.assert_allclose(ours.taps["mlp_in"][0], theirs.taps["mlp_in"][0], atol=1e-4)
+    difference = jnp.linalg.norm(ours.logits - theirs.logits) / jnp.linalg.norm(theirs.logits)
+    assert float(difference) < 1e-4
+
+
 def test_offq_beats_quarot_and_no_rotation_at_4_bits(params, tokens, tmp_path):
     before = forward(params, CONFIG, jnp.asarray(tokens)).logits
     errors = {}
@@ -201,7 +239,7 @@ def test_the_plan_counts_the_untied_head_and_the_rotations_of_keys():
             "AWQ scales inputs after they were collected",
         ),
         (lambda: named("offq-w4a4kv4", Grid(bits=4)), "offq-w4a4kv4 needs groups"),
-        (lambda: named("quarot-w16a4kv4", GRID), "weights take 1 to 8 bits"),
+        (lambda: named("quarot-w9a4kv4", GRID), "w9 is out of range; use w1 to w8, or w16 for none"),
         (lambda: named("offq-w4a1kv4", GRID), "offq-w4a1kv4: a1 is out of range; use a2 to a8, or a16"),
         (lambda: named("spin-w4a4kv4", GRID), "unknown recipe 'spin-w4a4kv4'"),
         (
