@@ -19,6 +19,7 @@ from jaxquant.io import LoadedModel, checkpoint, load_model
 from jaxquant.io.source import Source
 from jaxquant.models.config import ModelConfig
 from jaxquant.pipeline import Event, quantize_model, read_rows
+from jaxquant.plan import token_cost
 from jaxquant.recipe import Recipe
 from jaxquant.report import write_report
 
@@ -141,14 +142,15 @@ def generate(
 
 
 def inspect(folder: Path) -> dict[str, Any]:
-    """What `folder` holds: recipe, state, sizes, and one row per quantized linear."""
+    """What `folder` holds: recipe, state, sizes, the cost of a token, and one row per quantized linear."""
     manifest = checkpoint.read_manifest(folder)
+    recipe, config = Recipe.from_dict(manifest["recipe"]), ModelConfig.from_dict(manifest["config"])
     rows, _ = read_rows(folder)
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
     packed = sum(row["bytes"] for row in rows)
     return {
         "model": manifest["source"]["name"],
-        "recipe": str(Recipe.from_dict(manifest["recipe"])),
+        "recipe": str(recipe),
         "state": manifest["state"],
         "blocks": checkpoint.finished_blocks(folder),
         "blocks_total": manifest["config"]["num_layers"],
@@ -157,6 +159,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "disk_bytes": checkpoint.disk_bytes(folder),
         "calibration": manifest["calibration"],
         "versions": manifest["versions"],
+        "token": token_cost(config, rotated=recipe.surgery is not None),
         "modules": rows,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jaxquant.calibrate.collect import BATCH_TOKENS
 from jaxquant.errors import UsageError
 from jaxquant.io.checkpoint import PATHS
+from jaxquant.linalg import base_order
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.recipe import Recipe
 from jaxquant.stages import RTN, Keep
@@ -95,6 +97,38 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
         linears=layers * len(shapes),
         effective_bits=8 * packed / (layers * weights),
     )
+
+
+def token_cost(config: ModelConfig, *, rotated: bool) -> dict[str, float]:
+    """What one token takes at run time, over all blocks.
+
+    Args:
+      config: of the quantized model.
+      rotated: whether a surgery has left operations in the blocks.
+
+    Returns:
+      Multiply-adds, or additions: `linears`; and of what a surgery leaves, `key_rotation` (of queries and
+      keys), `hidden_hadamard` (inputs of `down`) and `post_rotation` (behind inner norms). Bytes:
+      `cache_bytes`, and `cache_bytes_16` of a cache in 16 bits.
+    """
+    layers, d, size = config.num_layers, config.hidden_size, config.head_dim
+    block = config.precision.hidden_hadamard
+    base = base_order(block) if block else 0
+    channels = config.num_kv_heads * size
+    grids = (config.precision.keys, config.precision.values)
+    bits = sum(16.0 if grid is None else grid.effective_bits(size) for grid in grids)
+    per_layer = {
+        "linears": sum(math.prod(config.linear_shape(path)) for path in PATHS),
+        "key_rotation": rotated * (config.num_heads + config.num_kv_heads) * size**2,
+        # A butterfly for every doubling, a product where the order has an odd part.
+        "hidden_hadamard": config.intermediate_size * (math.log2(block / base) + base * (base > 1))
+        if block
+        else 0,
+        "post_rotation": rotated * config.post_norms * 2 * d**2,
+        "cache_bytes": channels * bits / 8,
+        "cache_bytes_16": 4 * channels,
+    }
+    return {name: layers * value for name, value in per_layer.items()}
 
 
 def _flops_per_second() -> float:

@@ -86,6 +86,8 @@ def test_inspect_reports_bits_bytes_and_modules(run, quantized):
     assert code == 0
     assert "GPTQ (act-order, static groups, damping 0.01), W4 g64 asymmetric, mse clip search" in out
     assert "blocks.1.attn.o" in out
+    assert "per token: 0.4424 M multiply-adds in these linears\n" in out
+    assert "0.768 kB of cache (0.768 kB in 16 bits)" in out
 
 
 def test_evaluate_against_the_original(run, quantized, text):

@@ -16,8 +16,10 @@ from jaxquant.models import decoder
 from jaxquant.models.cache import KVCache, init_cache
 from jaxquant.models.config import ModelConfig
 
-# Prompts are padded to multiples of this, so that few lengths are compiled.
+# Prompts are padded to multiples of this, so that few lengths are compiled,
 _BUCKET = 64
+# and longer ones are read in parts of this length, so that what is in flight does not grow with them.
+_CHUNK = 512
 
 
 def generate(
@@ -57,18 +59,32 @@ def generate(
     heat = jnp.float32(1.0 if greedy else temperature)
 
     cache = init_cache(config, 1, min(_round_up(length + max_tokens), config.max_position))
-    padded = np.zeros((1, min(_round_up(length), cache.size)), np.int32)
-    padded[0, :length] = prompt
-    tokens, count = padded, length
     generated: list[int] = []
+    unread, filled = prompt, 0
     for step_key in keys:
-        hidden, cache = _advance(params, config, tokens, np.int32(count), cache)
+        hidden, cache = _read(params, config, unread, cache, filled)
+        filled += len(unread)
         token = int(_choose(params, config, hidden, step_key, heat, greedy=greedy))
         if token in config.eos_ids:
             break
         generated.append(token)
-        tokens, count = np.full((1, 1), token, np.int32), 1
+        unread = np.asarray([token], np.int32)
     return generated
+
+
+def _read(
+    params: dict[str, Any], config: ModelConfig, tokens: np.ndarray, cache: KVCache, filled: int
+) -> tuple[jax.Array, KVCache]:
+    """Appends `tokens` to a cache that holds `filled`; returns the hidden state `[d]` of the last of them."""
+    hidden = None
+    for start in range(0, len(tokens), _CHUNK):
+        part = tokens[start : start + _CHUNK]
+        width = 1 if len(part) == 1 else min(_round_up(len(part)), _CHUNK, cache.size - filled - start)
+        padded = np.zeros((1, width), np.int32)
+        padded[0, : len(part)] = part
+        hidden, cache = _advance(params, config, padded, np.int32(len(part)), cache)
+    assert hidden is not None
+    return hidden, cache
 
 
 def _round_up(length: int) -> int:

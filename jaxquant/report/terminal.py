@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from jaxquant.plan import Plan
     from jaxquant.recipe import Recipe
 
+# Operations that surgeries leave to run time, see `plan.token_cost`.
+_ONLINE = {
+    "key_rotation": "to rotate queries and keys",
+    "hidden_hadamard": "to transform the inputs of down",
+    "post_rotation": "to rotate behind inner norms",
+}
+
 
 @contextlib.contextmanager
 def bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
@@ -72,6 +79,12 @@ def print_inspection(result: dict[str, Any]) -> None:
         f"{result['bytes'] / 1e6:.2f} MB packed, {result['disk_bytes'] / 1e6:.2f} MB with embeddings, norms"
     )
     print(f"{result['state']}: {result['blocks']} of {result['blocks_total']} blocks")
+    token = result["token"]
+    online = [f"{token[key] / 1e6:.3g} M {what}" for key, what in _ONLINE.items() if token[key]]
+    rest = f"; besides, {', '.join(online)}" if online else ""
+    print(f"per token: {token['linears'] / 1e6:.4g} M multiply-adds in these linears{rest}")
+    cache, cache_16 = token["cache_bytes"] / 1e3, token["cache_bytes_16"] / 1e3
+    print(f"per token of context: {cache:.3g} kB of cache ({cache_16:.3g} kB in 16 bits)")
     for row in result["modules"]:
         shape = "x".join(map(str, row["shape"]))
         print(f"{row['module']:24} {shape:>11}  error {row['error']:.3e}  (RTN {row['error_rtn']:.3e})")

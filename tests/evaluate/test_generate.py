@@ -9,8 +9,9 @@ import pytest
 
 from jaxquant.errors import InputError, UsageError
 from jaxquant.evaluate import generate
-from jaxquant.models import ModelConfig
+from jaxquant.models import ModelConfig, Precision
 from jaxquant.models.decoder import forward, init_params
+from jaxquant.quant import ActivationGrid
 
 CONFIG = ModelConfig(
     family="mistral",
@@ -36,12 +37,21 @@ def params():
     return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape) * 0.4, jnp.float32), shapes)
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, PROMPT * 13])
-def test_greedy_is_the_argmax_of_the_whole_forward(params, prompt):
-    generated = generate(params, CONFIG, prompt, max_tokens=12)
+HEADS = ActivationGrid(bits=4, clip=0.95, scale_dtype="float16")
+PACKED = dataclasses.replace(CONFIG, precision=Precision(keys=HEADS, values=HEADS))
+
+
+# Prompts that fill part of a bucket, more than one, and more than a chunk.
+@pytest.mark.parametrize("length", [1, 5, 65, 600])
+@pytest.mark.parametrize("config", [CONFIG, PACKED], ids=["float", "packed"])
+def test_greedy_is_the_argmax_of_the_whole_forward(params, config, length):
+    """Of a forward pass without cache, where keys and values are fake-quantized if the cache is packed."""
+    config = dataclasses.replace(config, max_position=700)
+    prompt = (PROMPT * 120)[:length]
+    generated = generate(params, config, prompt, max_tokens=12)
     assert len(generated) == 12
     tokens = jnp.asarray([prompt + generated[:-1]], jnp.int32)
-    logits = jax.jit(forward, static_argnums=1)(params, CONFIG, tokens).logits[0]
+    logits = jax.jit(forward, static_argnums=1)(params, config, tokens).logits[0]
     np.testing.assert_array_equal(generated, logits[len(prompt) - 1 :].argmax(axis=-1))
 
 
