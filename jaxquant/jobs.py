@@ -18,9 +18,10 @@ from jaxquant.evaluate import generate as continue_tokens
 from jaxquant.io import LoadedModel, checkpoint, load_model
 from jaxquant.io.source import Source
 from jaxquant.models.config import ModelConfig
-from jaxquant.pipeline import Event, quantize_model, read_rows
+from jaxquant.pipeline import quantize_model
 from jaxquant.plan import token_cost
 from jaxquant.recipe import Recipe
+from jaxquant.records import Event, read_rows
 from jaxquant.report import write_report
 
 Progress = Callable[[int, int], None]
@@ -81,8 +82,8 @@ def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
             "perplexity_after": evaluation["perplexity"],
             **{key: evaluation[key] for key in ("kl", "kl_stderr", "top1", "text", "tokens")},
         }
-    rows, histograms = read_rows(folder)
-    return write_report(folder, run, rows, histograms=histograms)
+    rows, pictures = read_rows(folder)
+    return write_report(folder, run, rows, **pictures)
 
 
 def evaluate(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant import records
 from jaxquant.calibrate.collect import batches, block_moments, embed_all, merge_taps
 from jaxquant.calibrate.fisher import TokenWeights, fisher_weights
 from jaxquant.calibrate.moments import Moments
@@ -22,20 +23,19 @@ from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source
 from jaxquant.methods import Problem, rtn
-from jaxquant.models.config import LINEARS, ModelConfig
+from jaxquant.models.config import EXACT, LINEARS, ModelConfig
 from jaxquant.models.decoder import block as block_forward
 from jaxquant.plan import Plan, plan
 from jaxquant.quant import QArray
 from jaxquant.recipe import Recipe, to_toml
+from jaxquant.records import Event
 from jaxquant.surgery import operate
-
-Event = dict[str, Any]
 
 # Small and read by every query: not rounded on the way to the disk.
 _KEY_OPERATIONS = ("key_rotation", "key_shift")
 
-# Samples that folds may run through the block.
-_FOLD_SAMPLES = 2
+# Samples that folds may run through the block, and that its activations are pictured on.
+_FEW_SAMPLES = 2
 
 
 def quantize_model(
@@ -134,12 +134,6 @@ def quantize_model(
     checkpoint.write_manifest(folder, {**manifest, "state": "complete", "summary": summary})
     on_event({"event": "done", **summary})
     return summary
-
-
-def read_rows(folder: Path) -> tuple[list[Event], list[Event]]:
-    """`(rows, histograms)` of all finished blocks of `folder`, in order."""
-    records = [checkpoint.load_block(folder, i)[1] for i in range(checkpoint.finished_blocks(folder))]
-    return [row for r in records for row in r["rows"]], [h for r in records for h in r["histograms"]]
 
 
 def versions() -> dict[str, str]:
@@ -256,6 +250,8 @@ def _quantize_block(
     original = params = jax.tree.map(jnp.asarray, source.block(index))
     record: dict[str, Any] = {"rows": [], "histograms": []}
     pictured = index in (0, config.num_layers // 2, config.num_layers - 1)
+    if pictured and config.precision != EXACT:
+        record["sites"] = records.sites(source, index, original, config, hidden[:_FEW_SAMPLES])
     # A quarter of the samples judges where the recipe has a choice.
     judges = np.arange(len(hidden)) % 4 == 3
     holds_out = recipe.holds_out and judges.any() and not recipe.folds
@@ -280,7 +276,7 @@ def _quantize_block(
                 "norm_plus_one": config.norm_plus_one,
                 "equal_heads": equal_heads,
                 "apply": _block_function(config, sliding),
-                "inputs": jnp.asarray(hidden[:_FOLD_SAMPLES]),
+                "inputs": jnp.asarray(hidden[:_FEW_SAMPLES]),
             }
             params, moments = fold(params, moments, recipe.grid, **facts)
         for tap, path in [(tap, path) for tap, paths in stage for path in paths]:
@@ -288,7 +284,7 @@ def _quantize_block(
             kernel = params[part][name]["kernel"]
             own = recipe.at(f"blocks.{index}.{path}")
             if path in kept:
-                record["rows"].append(_kept_row(kernel, index, path))
+                record["rows"].append(records.kept_row(kernel, index, path))
                 on_event({"event": "row", **record["rows"][-1]})
                 continue
             if holds_out and own.holds_out:
@@ -299,7 +295,7 @@ def _quantize_block(
             nearest = rtn(original[part][name]["kernel"], plain[tap], own.grid)
             row["error_rtn"] = float(nearest.stats.error)
             if pictured and path in ("attn.q", "mlp.down"):
-                record["histograms"].append(_histogram(kernel, packed, row["module"]))
+                record["histograms"].append(records.histogram(kernel, packed, row["module"]))
             params = {**params, part: {**params[part], name: {**params[part][name], "kernel": packed}}}
             record["rows"].append(row)
             on_event({"event": "row", **row})
@@ -342,48 +338,6 @@ def _quantize_linear(problem: Problem, recipe: Recipe, index: int, path: str) ->
     if stats.choice is not None:
         row["choice"] = recipe.options[int(stats.choice)]
     return packed, row
-
-
-def _kept_row(kernel: jax.Array, index: int, path: str) -> Event:
-    """The row of a linear that stays in floating point: nothing is lost."""
-    module = f"blocks.{index}.{path}"
-    if not bool(jnp.all(jnp.isfinite(kernel))):
-        raise NonFiniteError(f"{module}: NaN or infinity in its weight; check the model file")
-    return {
-        "module": module,
-        "block": index,
-        "linear": path,
-        "shape": list(kernel.shape),
-        "bits": 16,
-        "group_size": None,
-        "error": 0.0,
-        "error_rtn": 0.0,
-        "damping": 0.0,
-        "attempts": 0,
-        "fallback": False,
-        "dead": 0,
-        "bytes": 2 * kernel.size,
-        "seconds": 0.0,
-    }
-
-
-def _histogram(kernel: jax.Array, packed: QArray, module: str) -> Event:
-    """Distribution of the original weights in units of the grid: level k of a group lies at k."""
-    grid, scale, zero = packed.grid, packed.scale.astype(jnp.float32), packed.zero
-    w = kernel.astype(jnp.float32)
-    w = w if packed.order is None else w[packed.order]
-    w = w.reshape(scale.shape[0], -1, scale.shape[1])
-    shift = grid.constant_zero if zero is None else zero.astype(jnp.float32)[:, None, :]
-    top = 2**grid.bits - 1
-    edges = np.linspace(-1.5, top + 1.5, 16 * min(top + 3, 16) + 1)
-    units = np.clip(np.asarray(w / scale[:, None, :] + shift).ravel(), edges[0], edges[-1])
-    counts, _ = np.histogram(units, edges)
-    return {
-        "module": module,
-        "edges": edges.tolist(),
-        "counts": counts.tolist(),
-        "levels": list(range(top + 1)),
-    }
 
 
 def _storable(tree: Any) -> Any:

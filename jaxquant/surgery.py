@@ -121,6 +121,12 @@ class RotatedSource:
         params = {"blocks": jax.tree.map(lambda leaf: np.asarray(leaf)[None], self.source.block(index))}
         return jax.tree.map(lambda leaf: leaf[0], self._turn(params, own)["blocks"])
 
+    def unrotated(self, hidden: np.ndarray) -> tuple[RotatedSource, np.ndarray]:
+        """The model with its norms folded only, and what `hidden` `[..., d]` of this one is there."""
+        config = dataclasses.replace(self.source.config, tie_embeddings=False)
+        turned = hidden if self.rotations is None else hidden @ self.rotations.residual.T.astype(hidden.dtype)
+        return RotatedSource(self.source, config), turned
+
     def outer(self) -> dict[str, Any]:
         """Parameters outside the blocks, float32."""
         return self._turn(self.source.outer(), self.rotations)

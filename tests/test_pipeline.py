@@ -24,10 +24,11 @@ from jaxquant.io import checkpoint, load_model
 from jaxquant.methods import Problem, layer_error
 from jaxquant.models.decoder import TAPS, block, embed, forward, init_params
 from jaxquant.named import named
-from jaxquant.pipeline import quantize_model, read_rows
+from jaxquant.pipeline import quantize_model
 from jaxquant.plan import plan
 from jaxquant.quant import Grid, QArray
 from jaxquant.recipe import by_path, chain, masked
+from jaxquant.records import read_rows
 from jaxquant.stages import AWQ, GPTQ, RTN, Best, Keep, MagR
 
 GRID = Grid(bits=3, group_size=16, clip="mse")
@@ -68,7 +69,9 @@ def assert_same_model(a: Path, b: Path):
 
 def test_rows_cover_every_linear_and_gptq_beats_rtn(finished):
     folder, summary, events = finished
-    rows, histograms = read_rows(folder)
+    rows, pictures = read_rows(folder)
+    histograms = pictures["histograms"]
+    assert not pictures["sites"]
     assert [row["module"] for row in rows] == [
         f"blocks.{i}.{path}" for i in range(3) for path in checkpoint.PATHS
     ]

@@ -22,6 +22,7 @@ from jaxquant.pipeline import quantize_model
 from jaxquant.plan import plan
 from jaxquant.quant import ActivationGrid, Grid, QArray
 from jaxquant.recipe import Recipe, by_path, chain, read_toml, to_toml
+from jaxquant.records import read_rows
 from jaxquant.stages import AWQ, GPTQ, OSAQ, RTN
 from jaxquant.surgery import OffQ, QuaRot, RotatedSource
 
@@ -75,6 +76,23 @@ def test_16_bits_are_the_rotated_model(name, params, tokens, tmp_path):
     assert config.precision.keys.bits == 4
     after = forward(loaded, config, jnp.asarray(tokens)).logits
     assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) > 1e-2
+
+
+def test_activations_are_pictured_before_and_after(params, tokens, tmp_path):
+    quantize_model(MemorySource(params), named("offq-w4a4kv4", GRID), tokens, tmp_path / "offq")
+    sites = read_rows(tmp_path / "offq")[1]["sites"]
+    names = ("attn_in", "attn_out", "mlp_in", "mlp_hidden", "keys", "values")
+    assert [site["module"] for site in sites] == [f"blocks.{i}.{name}" for i in range(3) for name in names]
+    first = sites[0]
+    # One direction that all tokens share: large before, an offset after, nothing without it.
+    assert first["before"][0] > 2 * first["after"][0] > 2 * first["rest"][0]
+    assert first["error"] < 0.5 * first["error_before"]
+    assert all(site["before"] == sorted(site["before"], reverse=True) for site in sites)
+    # Nothing is rotated: the same before and after.
+    quantize_model(MemorySource(params), named("rtn-w4a4kv16", GRID), tokens, tmp_path / "rtn")
+    sites = read_rows(tmp_path / "rtn")[1]["sites"]
+    assert len(sites) == 3 * 4
+    assert all(site["before"] == site["after"] and site["error"] == site["error_before"] for site in sites)
 
 
 def test_packed_and_dequantized_weights_compute_the_same(params, tokens, tmp_path):

@@ -23,6 +23,16 @@ COLOURS: dict[str, tuple[str, str]] = {
     "mlp.down": ("#5c5c5c", "#bdbdbd"),
 }
 
+#: Activations take the colours of linears that read or write them.
+_SITE_COLOURS = {
+    "attn_in": "c0",
+    "keys": "c1",
+    "values": "c2",
+    "attn_out": "c3",
+    "mlp_in": "c4",
+    "mlp_hidden": "c5",
+}
+
 _WIDTH, _HEIGHT = 320, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 26, 30
 
@@ -83,6 +93,41 @@ def histogram_panel(histogram: dict[str, Any]) -> str:
     return _svg(description, [_title(module), *parts])
 
 
+def site_panel(site: dict[str, Any]) -> str:
+    """Channels by size, on a log scale: in the original basis, as they are quantized, less their offset.
+
+    Args:
+      site: `module`; `before`, `after`, `rest`: channels in descending order; `error_before`, `error`.
+    """
+    curves = {"before": "rtn", "after": "method", "rest": "rest"}
+    values = [value for key in curves for value in site[key] if _drawable(value)]
+    low, high = _log_range(values)
+    name = site["module"].split(".", 2)[-1]
+
+    def points(channels: Sequence[float]) -> str:
+        last = max(len(channels) - 1, 1)
+        return "L".join(
+            f"{_LEFT + i / last * (_WIDTH - _LEFT - _RIGHT):.1f},{_log_y(value, low, high):.1f}"
+            for i, value in enumerate(channels)
+            if _drawable(value)
+        )
+
+    parts = [_title(site["module"]), *_log_rules(low, high), _baseline()]
+    parts += [
+        f'<path class="line {style} {_SITE_COLOURS.get(name, "c6")}" d="M{line}"/>'
+        for key, style in curves.items()
+        if (line := points(site[key]))
+    ]
+    errors = [f"{100 * site[key]:.2g} %" for key in ("error_before", "error")]
+    lost = errors[0] if errors[0] == errors[1] else " \u2192 ".join(errors)
+    parts.append(_text(_LEFT, _HEIGHT - 12, "channels by size", "start"))
+    parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 12, f"lost: {lost}", "end"))
+    description = (
+        f"Largest values of the channels of {site['module']} in descending order; energy lost: {lost}"
+    )
+    return _svg(description, parts)
+
+
 def size_bars(before: int, after: int) -> str:
     """Two bars, size before and after."""
     height, width = 78, 360
@@ -115,14 +160,9 @@ def _error_panel(
         return _LEFT + 8 + share * (_WIDTH - _LEFT - _RIGHT - 16)
 
     def y(value: float) -> float:
-        share = (math.log10(value) - low) / (high - low)
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+        return _log_y(value, low, high)
 
-    parts = [_title(linear)]
-    for tick in _log_ticks(low, high):
-        parts.append(f'<path class="rule" d="M{_LEFT},{y(tick):.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(_text(_LEFT - 6, y(tick) + 4, f"{tick:.0e}" if tick < 1e-3 else f"{tick:g}", "end"))
-    parts.append(_baseline())
+    parts = [_title(linear), *_log_rules(low, high), _baseline()]
     parts += [_text(x(block), _HEIGHT - 12, str(block), "middle") for block in _block_ticks(last)]
     colour = colour_class(linear)
     for key, name, style in (("error_rtn", "RTN", "rtn"), ("error", method, "method")):
@@ -151,6 +191,21 @@ def _log_range(values: list[float]) -> tuple[float, float]:
     low, high = math.log10(min(values)), math.log10(max(values))
     margin = max(0.25 - (high - low) / 2, 0.05 * (high - low))
     return low - margin, high + margin
+
+
+def _log_y(value: float, low: float, high: float) -> float:
+    share = (math.log10(value) - low) / (high - low)
+    return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _log_rules(low: float, high: float) -> list[str]:
+    """Lines at the ticks of a log scale, with their labels."""
+    parts = []
+    for tick in _log_ticks(low, high):
+        y = _log_y(tick, low, high)
+        parts.append(f'<path class="rule" d="M{_LEFT},{y:.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(_text(_LEFT - 6, y + 4, f"{tick:.0e}" if tick < 1e-3 else f"{tick:g}", "end"))
+    return parts
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -22,6 +22,7 @@ def write_report(
     rows: Sequence[dict[str, Any]],
     *,
     histograms: Iterable[dict[str, Any]] = (),
+    sites: Iterable[dict[str, Any]] = (),
 ) -> Path:
     """Writes `report.html` into `folder`: self-contained, for phones, light and dark.
 
@@ -35,6 +36,8 @@ def write_report(
         `error_rtn`, `error` (shares of the output energy that are lost), `damping`, `attempts`, `fallback`,
         `seconds`.
       histograms: `{"module", "edges" [n + 1], "counts" [n], "levels"}` for the linears to be shown.
+      sites: `{"module", "before", "after", "rest", "error_before", "error"}` for the activations to be shown:
+        channels by size before a surgery, after it, and less the offset of their group.
 
     Returns:
       The path of the file.
@@ -45,6 +48,7 @@ def write_report(
         _section("How it was made", _facts(run, rows)),
         _section("Size", figures.size_bars(run["bytes_before"], run["bytes_after"])),
         _errors(run, rows),
+        _sites(list(sites)),
         _histograms(list(histograms)),
         _section("Every linear", _table(rows)),
     ]
@@ -141,11 +145,28 @@ def _incidents(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _errors(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    if all(row["bits"] == 16 for row in rows):
+        return ""
     method = str(run["recipe_name"])
     key = f'<p class="key"><i class="thin"></i> RTN <i class="thick"></i> {html.escape(method)}</p>'
     panels = "".join(f"<figure>{panel}</figure>" for panel in figures.error_panels(rows, method))
     note = "Share of each linear's output energy that is lost, over the blocks of the model; lower is better."
     return _section("Layer error", f'{key}<div class="panels">{panels}</div>', note)
+
+
+def _sites(sites: list[dict[str, Any]]) -> str:
+    if not sites:
+        return ""
+    key = (
+        '<p class="key"><i class="thin"></i> original basis <i class="thick"></i> as quantized '
+        '<i class="dashed"></i> less the offset of the group</p>'
+    )
+    panels = "".join(f"<figure>{figures.site_panel(site)}</figure>" for site in sites)
+    note = (
+        "Channels by the largest value that a token of the calibration text has there, and the share of the "
+        "energy that is lost when they are quantized. A flat dashed line leaves little to lose."
+    )
+    return _section("Activations", f'{key}<div class="panels">{panels}</div>', note)
 
 
 def _histograms(histograms: list[dict[str, Any]]) -> str:

@@ -50,6 +50,18 @@ def make_histogram(module: str, bits: int) -> dict:
     return {"module": module, "edges": edges, "counts": counts, "levels": list(range(top + 1))}
 
 
+def make_site(module: str) -> dict:
+    ranks = range(96)
+    return {
+        "module": module,
+        "before": [60 / (1 + rank) + 0.5 for rank in ranks],
+        "after": [6 - 0.03 * rank for rank in ranks],
+        "rest": [2.5 - 0.005 * rank for rank in ranks],
+        "error_before": 2.1e-2,
+        "error": 3.5e-3,
+    }
+
+
 def make_run(**changes) -> dict:
     return {
         "model": "smollm2-135m",

@@ -48,6 +48,7 @@ def report(tmp_path_factory):
         samples.make_run(evaluation=evaluation),
         samples.make_rows(30),
         histograms=[samples.make_histogram("blocks.3.attn.q", 4)],
+        sites=[samples.make_site("blocks.3.attn_in"), samples.make_site("blocks.3.mlp_hidden")],
     )
     assert path.name == "report.html"
     return path.read_text(encoding="utf-8")
@@ -76,14 +77,15 @@ def test_page_tells_everything_about_the_run(report):
         "smollm2-135m", "W4 g64 asymmetric, mse clip search", "4.50", "2.31\u00d7", "269 MB", "116 MB",
         "embedded corpus", "8,192 tokens", "16 windows of 512", "act-order", "static groups",
         "clip search", "Seed", "4 min 14 s", "jax 0.10.2", "22.913", "original 21.994", "0.0412", "88.7 %",
-        "1 needed more damping", "576\u00d71536",
+        "1 needed more damping", "576\u00d71536", "less the offset of the group", "blocks.3.mlp_hidden",
+        "lost: 2.1 % \u2192 0.35 %",
     ):  # fmt: skip
         assert fact in text
 
 
 def test_every_picture_describes_itself(report):
     pictures = [attrs for tag, attrs in Page(report).tags if tag == "svg"]
-    assert len(pictures) == 1 + len(COLOURS) + 1
+    assert len(pictures) == 1 + len(COLOURS) + 2 + 1
     assert all(picture["role"] == "img" and len(picture["aria-label"]) > 20 for picture in pictures)
 
 
@@ -142,3 +144,18 @@ def test_size_bars_are_proportional():
 )
 def test_human_bytes(size, text):
     assert human_bytes(size) == text
+
+
+def test_what_is_not_there_is_left_out(tmp_path):
+    """No activations are quantized, no weights: no empty panels."""
+    kept = [{**row, "bits": 16, "error": 0.0, "error_rtn": 0.0} for row in samples.make_rows(2)]
+    text = Page(write_report(tmp_path, samples.make_run(), kept).read_text(encoding="utf-8")).text
+    assert "Layer error" not in text
+    assert "Activations" not in text
+    assert "error relative to rounding" not in text
+
+
+def test_sites_with_nothing_to_draw(tmp_path):
+    site = samples.make_site("blocks.0.keys") | {"before": [0.0], "after": [0.0], "rest": [0.0]}
+    page = Page(write_report(tmp_path, samples.make_run(), samples.make_rows(1), sites=[site]).read_text())
+    assert "blocks.0.keys" in page.text
