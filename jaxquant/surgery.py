@@ -136,7 +136,9 @@ class RotatedSource:
         turned, config = fold_norms(wide, self.source.config)
         if rotations is not None:
             turned, _ = rotate(turned, config, rotations)
-        return jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float32), turned)
+        return jax.tree.map(
+            lambda leaf: np.asarray(leaf, np.float32 if leaf.dtype.kind == "f" else leaf.dtype), turned
+        )
 
 
 def operate(

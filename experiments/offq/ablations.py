@@ -78,9 +78,9 @@ def write(bench: Bench) -> None:
             assert grid is not None
             lines.append([name, f"{grid.effective_bits(576):.2f}", *cells])
     bench.write_table(
-        "Activations at 4 bits, weights and cache in 16. Unless a row says otherwise OffQ with the mixed basis "
-        "and sorted groups of 64; asymmetric ranges, 95 % around their middle. Bits with float32 scales and "
-        "offsets, as computed.",
+        "Activations at 4 bits, weights and cache in 16. Unless a row says otherwise OffQ with the mixed "
+        "basis and sorted groups of 64; asymmetric ranges, 95 % around their middle. Bits with float32 "
+        "scales and offsets, as computed.",
         ["setting", "bits", "WikiText-2", "C4"],
         lines,
     )

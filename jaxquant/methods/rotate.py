@@ -136,10 +136,10 @@ def rotate(
         columns of gate and up, rows of down: reordered;  W_down <- (I (x) R4^T) W_down
 
     Left to the forward pass are R3, as `key_rotation` and `key_shift` of a block's attention, and R4, as
-    `precision.hidden_hadamard` of the config. Every query head that shares a key/value head takes its R2 and
-    R3. Where a norm stands between `o` or `down` and the residual stream (Gemma 3), R1 cannot be folded: the
-    block gets `attn_post_rotation` and `mlp_post_rotation` `[layers, d, d]`, `diag(g) R1`, applied behind
-    those norms at run time.
+    `precision.hidden_hadamard` of the config (and of a block's MLP, to be compared with it). Every query head
+    that shares a key/value head takes its R2 and R3. Where a norm stands between `o` or `down` and the
+    residual stream (Gemma 3), R1 cannot be folded: the block gets `attn_post_rotation` and
+    `mlp_post_rotation` `[layers, d, d]`, `diag(g) R1`, applied behind those norms at run time.
 
     Raises:
       UsageError: a norm is not folded, a rotation does not fit the model, or there is an R3 or R4 already.
@@ -181,6 +181,9 @@ def rotate(
             _add_key_rotation(blocks["attn"], rotations)
         if rotations.hidden_block:
             _edit(blocks, "mlp.down", lambda kernel: _turn_blocks(kernel, rotations.hidden_block))
+            # A mark, so that the forward pass refuses a config that leaves R4 out.
+            layers = len(blocks["attn_norm"])
+            blocks["mlp"]["hidden_hadamard"] = np.full(layers, rotations.hidden_block, np.int32)
         rotated["blocks"] = blocks
     if "norm" in params:
         _check_folded("norm", params["norm"], config)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxquant.errors import InputError
+from jaxquant.errors import InputError, UsageError
 from jaxquant.linalg import hadamard_transform
 from jaxquant.models.attention import attention
 from jaxquant.models.cache import KVCache
@@ -131,6 +131,7 @@ def forward(
 
     Raises:
       InputError: more tokens than the cache can hold, or an unknown tap.
+      UsageError: `methods.rotate` changed the parameters, and the config is that of the model before.
     """
     unknown = set(taps) - set(TAPS + CACHE_TAPS)
     if unknown:
@@ -236,6 +237,11 @@ def _block(
     batch, length = x.shape[:2]
 
     precision = config.precision
+    if "hidden_hadamard" in mlp and not precision.hidden_hadamard:
+        raise UsageError(
+            "these parameters are rotated, and this config leaves the rotation of the inputs of down out; "
+            "take both from load_checkpoint, or the config that rotate returned"
+        )
     attn_in = _quantize(rms_norm(x, block_params["attn_norm"], config), precision.attn_in, attn["q"])
     q, k, v = (_linear(attn[name], attn_in).reshape(batch, length, -1, config.head_dim) for name in "qkv")
     if config.qk_norm:

@@ -116,6 +116,7 @@ def test_half_precision_weights_keep_their_dtype():
     params, config, _ = model("llama2")
     half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
     rotated, _ = rotate(*fold_norms(half, config), draw(config))
+    assert rotated["blocks"]["mlp"].pop("hidden_hadamard").dtype == jnp.int32
     for name in ("key_rotation", "key_shift"):
         assert rotated["blocks"]["attn"].pop(name).dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(rotated)} == {jnp.dtype(jnp.bfloat16)}
@@ -129,6 +130,14 @@ def test_orders_without_a_hadamard_matrix_get_a_random_rotation():
     assert rotations.values.shape == (3, 4, 9, 9)
     assert np.ptp(np.abs(rotations.values[0, 0])) > 0.1
     assert np.abs(rotations.values[0, 0] - rotations.values[0, 1]).max() > 0.1
+
+
+def test_rotated_parameters_refuse_the_config_of_before():
+    params, config, tokens = model("llama3")
+    rotated, turned = rotate(*fold_norms(params, config), draw(config))
+    assert turned.precision.hidden_hadamard == 48
+    with pytest.raises(UsageError, match=r"these parameters are rotated, .*; take both from load_checkpoint"):
+        forward(rotated, dataclasses.replace(config, tie_embeddings=False), tokens)
 
 
 def test_impossible_rotations():
