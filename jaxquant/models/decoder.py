@@ -83,8 +83,21 @@ def final_hidden(
     params: Params, config: ModelConfig, tokens: jax.Array, *, cache: KVCache | None = None
 ) -> tuple[jax.Array, KVCache | None]:
     """Activations after the final norm `[B, T, d]`, and the updated cache."""
-    hidden, cache, _ = _run(params, config, tokens, cache, ())
+    hidden, cache, _ = _run(params, config, embed(params, config, tokens), cache, ())
     return hidden, cache
+
+
+def forward_embedded(
+    params: Params, config: ModelConfig, x: jax.Array, *, shifts: jax.Array | None = None
+) -> jax.Array:
+    """Logits float32 `[B, T, V]` of embedded tokens x `[B, T, d]`: what gradients at the inputs need.
+
+    Args:
+      params: of the whole model.
+      x: as `embed` returns it.
+      shifts: `[L, B, T, d]`, added to what enters each block; the gradient at 0 is that of the stream there.
+    """
+    return logits(params, config, _run(params, config, x, None, (), shifts=shifts)[0])
 
 
 def reduce_taps(
@@ -102,7 +115,7 @@ def reduce_taps(
       reduce: maps one tap's activations `[B, T, n]` to any pytree of arrays.
       taps: which of `TAPS` and `CACHE_TAPS`.
     """
-    return _run(params, config, tokens, None, tuple(taps), reduce)[2]
+    return _run(params, config, embed(params, config, tokens), None, tuple(taps), reduce)[2]
 
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -136,7 +149,7 @@ def forward(
     unknown = set(taps) - set(TAPS + CACHE_TAPS)
     if unknown:
         raise InputError(f"unknown taps {sorted(unknown)}; there are {', '.join(TAPS + CACHE_TAPS)}")
-    hidden, cache, collected = _run(params, config, tokens, cache, tuple(taps))
+    hidden, cache, collected = _run(params, config, embed(params, config, tokens), cache, tuple(taps))
     return Output(logits=logits(params, config, hidden), cache=cache, taps=collected)
 
 
@@ -193,13 +206,14 @@ def init_params(key: jax.Array, config: ModelConfig, *, dtype: Any = jnp.float32
 def _run(
     params: Params,
     config: ModelConfig,
-    tokens: jax.Array,
+    x: jax.Array,
     cache: KVCache | None,
     taps: tuple[str, ...],
     reduce: Callable[[jax.Array], Any] = lambda x: x,
+    shifts: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None, dict[str, Any]]:
-    """Embedding, all blocks by one scan, final norm."""
-    length = tokens.shape[1]
+    """All blocks by one scan, final norm."""
+    length = x.shape[1]
     if cache is not None and length > cache.size:
         raise InputError(f"{length} tokens do not fit into a cache of {cache.size}; make it longer")
     rotations = _rotations(config, _positions(length, cache))
@@ -210,15 +224,15 @@ def _run(
     slices = None if cache is None else (cache.k, cache.v)
 
     def step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        block_params, flag, pair = layer
+        block_params, flag, pair, shift = layer
+        x = x if shift is None else x + shift
         own = None if cache is None else KVCache(k=pair[0], v=pair[1], length=cache.length)
         flag = flag if mixed else any(flags)
         x, own, tapped = _block(block_params, config, x, flag, rotations, own, taps)
         reduced = {tap: reduce(values) for tap, values in tapped.items()}
         return x, (None if own is None else (own.k, own.v), reduced)
 
-    x = embed(params, config, tokens)
-    x, (slices, collected) = lax.scan(step, x, (params["blocks"], sliding, slices))
+    x, (slices, collected) = lax.scan(step, x, (params["blocks"], sliding, slices, shifts))
     if cache is not None:
         cache = KVCache(k=slices[0], v=slices[1], length=cache.length + length)
     return rms_norm(x, params["norm"], config), cache, collected
@@ -288,7 +302,7 @@ def _fake_quantize(x: jax.Array, grid: ActivationGrid | None) -> jax.Array:
 
 
 def _values(x: jax.Array | QActivation) -> jax.Array:
-    return x.dequantize() if isinstance(x, QActivation) else x
+    return x.values if isinstance(x, QActivation) else x
 
 
 def _turn_keys(attn: Params, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -311,7 +325,7 @@ def _branch(block_params: Params, config: ModelConfig, part: str, y: jax.Array) 
 
 
 def _linear(linear: Params, x: jax.Array | QActivation) -> jax.Array:
-    y = _matmul(x, linear["kernel"], x.dtype)
+    y = _matmul(x, linear["kernel"], _values(x).dtype)
     if "bias" in linear:
         y = y + lax.expand_dims(linear["bias"].astype(y.dtype), range(y.ndim - 1))
     return y

@@ -126,7 +126,7 @@ class ActivationGrid:
 
     def fake_quantize(self, x: Float[Array, "*tokens n"]) -> Float[Array, "*tokens n"]:
         """x as it is after quantization, in its own dtype; gradients pass straight through to x."""
-        return _straight_through(x, QActivation.of(x, self).dequantize())
+        return QActivation.of(x, self).values
 
     def __str__(self) -> str:
         size = "per token" if self.group_size is None else f"g{self.group_size}"
@@ -151,35 +151,34 @@ class QActivation:
 
     Attributes:
       codes: uint8 `[..., n]`.
-      scale, lo: `[..., groups]`; the values are `lo + scale * code`.
+      scale, lo: `[..., groups]`.
+      values: `[..., n]`, `lo + scale * code` in the dtype of the activations and of products. They carry
+        the gradient, straight through to what was quantized; under `jit` they cost nothing without one.
       grid: what they were quantized with.
-      dtype: of the activations, and of products.
     """
 
     codes: UInt8[Array, "*tokens n"]
     scale: Float[Array, "*tokens groups"]
     lo: Float[Array, "*tokens groups"]
+    values: Float[Array, "*tokens n"]
     grid: ActivationGrid = dataclasses.field(metadata={"static": True})
-    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, x: Float[Array, "*tokens n"], grid: ActivationGrid) -> QActivation:
         """`x` quantized on `grid`."""
         scale, lo = grid.fit(x)
-        return cls(grid.quantize(x, scale, lo), scale, lo, grid, x.dtype)
-
-    def dequantize(self) -> Float[Array, "*tokens n"]:
-        """The values in `dtype`: `grid.fake_quantize` of what was quantized."""
-        return self.grid.dequantize(self.codes, self.scale, self.lo, self.dtype)
+        codes = grid.quantize(x, scale, lo)
+        values = straight_through(x, grid.dequantize(codes, scale, lo, x.dtype))
+        return cls(codes, scale, lo, values, grid)
 
 
 @jax.custom_jvp
-def _straight_through(x: Array, values: Array) -> Array:
+def straight_through(x: Array, values: Array) -> Array:
     """`values`, differentiated as if they were x: rounding itself has gradient 0 nearly everywhere."""
     del x
     return values
 
 
-@_straight_through.defjvp
+@straight_through.defjvp
 def _straight_through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     return primals[1], tangents[0]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from jaxquant.kernels.dequant_matmul import dequant_matmul
 from jaxquant.kernels.integer_matmul import integer_matmul
-from jaxquant.quant.activation import QActivation
+from jaxquant.quant.activation import QActivation, straight_through
 from jaxquant.quant.grid import Grid
 from jaxquant.quant.packing import block_rows, pack, unpack
 
@@ -99,15 +99,16 @@ class QArray:
             raise ValueError(
                 f"x @ QArray needs one matrix, not a stack of {self.scale.shape[:-2]}; use jax.vmap"
             )
-        zero = jnp.full_like(self.scale, self.grid.constant_zero) if self.zero is None else self.zero
         if isinstance(x, QActivation):
-            if x.codes.shape[-1] == self.shape[0] and self.order is None:
-                y = integer_matmul(
-                    x.codes, x.scale, x.lo, self.words, self.scale, zero,
-                    x_bits=x.grid.bits, bits=self.grid.bits, block=self.block,
-                )  # fmt: skip
-                return y.astype(x.dtype)
-            x = x.dequantize()
+            in_floats = x.values @ self
+            if self.order is not None:
+                return in_floats
+            y = integer_matmul(
+                x.codes, x.scale, x.lo, self.words, self.scale, self._zero(),
+                x_bits=x.grid.bits, bits=self.grid.bits, block=self.block,
+            )  # fmt: skip
+            # Nothing but the gradient of the other product is computed, under `jit`.
+            return straight_through(in_floats, y.astype(in_floats.dtype))
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x @ QArray: x is {x.dtype}; convert it to a float dtype")
@@ -115,7 +116,10 @@ class QArray:
             raise ValueError(f"x @ QArray: x has {x.shape[-1]} features, the weight {self.shape[0]} inputs")
         if self.order is not None:
             x = jnp.take(x, self.order, axis=-1)
-        return dequant_matmul(x, self.words, self.scale, zero, bits=self.grid.bits, block=self.block)
+        return dequant_matmul(x, self.words, self.scale, self._zero(), bits=self.grid.bits, block=self.block)
+
+    def _zero(self) -> Array:
+        return jnp.full_like(self.scale, self.grid.constant_zero) if self.zero is None else self.zero
 
 
 def quantize(w: Float[Array, "*stack in out"], grid: Grid) -> QArray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,32 @@ def test_activations_times_weights(symmetric, size):
     expected = jnp.matmul(grid.fake_quantize(x), w.dequantize(), precision="highest")
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
     assert (QActivation.of(x.astype(jnp.bfloat16), grid) @ w).dtype == jnp.bfloat16
+
+
+def test_gradients_pass_the_integers_straight_through():
+    rng = np.random.default_rng(0)
+    x, cotangent = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 64), (3, 8)))
+    w = quantize(jnp.asarray(rng.standard_normal((64, 8)), jnp.float32), Grid(bits=4, group_size=32))
+    grid = ActivationGrid(bits=4, group_size=32)
+
+    def loss(x, scale):
+        return jnp.sum((QActivation.of(x, grid) @ dataclasses.replace(w, scale=scale)) * cotangent)
+
+    by_x, by_scale = jax.jit(jax.grad(loss, (0, 1)))(x, w.scale.astype(jnp.float32))
+    np.testing.assert_allclose(by_x, cotangent @ w.dequantize().T, rtol=1e-4, atol=1e-4)
+    steps = np.asarray(w.codes(), np.float64) - np.repeat(np.asarray(w.zero, np.float64), 32, axis=0)
+    by_weight = np.asarray(grid.fake_quantize(x), np.float64).T @ np.asarray(cotangent, np.float64)
+    expected = (by_weight * steps).reshape(2, 32, 8).sum(1)
+    np.testing.assert_allclose(by_scale, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_without_a_gradient_only_integers_are_multiplied():
+    x = jnp.ones((3, 64), jnp.float32)
+    w = quantize(jnp.ones((64, 8)), Grid(bits=4, group_size=32))
+    product = jax.jit(lambda x, w: QActivation.of(x, ActivationGrid(bits=4, group_size=32)) @ w)
+    text = product.lower(x, w).compile().as_text()
+    products = [line for line in text.splitlines() if " dot(" in line]
+    assert [line.split("[")[0].split()[-1] for line in products].count("f32") <= 1  # scales and offsets
 
 
 def test_an_order_of_inputs_falls_back_to_values():

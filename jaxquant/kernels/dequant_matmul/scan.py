@@ -30,6 +30,8 @@ def dequant_matmul(
     tiles = blocks // per_tile
     group_of_block = jnp.arange(blocks) // (blocks // scale.shape[0])
 
+    # Else the backward pass would keep the dequantized tiles, which together are the whole weight.
+    @jax.checkpoint
     def add_tile(acc: Array, tile: tuple[Array, Array, Array]) -> tuple[Array, None]:
         x_tile, words_tile, group = tile
         shift, step = (a[group].astype(wide)[:, None, :] for a in (zero, scale))
