@@ -11,6 +11,7 @@ from jaxquant.methods.refit import better_columns, refit_grid
 from jaxquant.methods.rotate import Rotations, fold_norms, quarot, rotate
 from jaxquant.methods.rounded import Rounded, Stats, layer_error
 from jaxquant.methods.rtn import rtn
+from jaxquant.methods.spin import cayley_step, spin
 
 __all__ = [
     "Problem",
@@ -20,6 +21,7 @@ __all__ = [
     "awq",
     "awq_scale",
     "better_columns",
+    "cayley_step",
     "coordinate_descent",
     "fold_norms",
     "gptq",
@@ -37,4 +39,5 @@ __all__ = [
     "rotate",
     "rtn",
     "softmax_infinity",
+    "spin",
 ]
