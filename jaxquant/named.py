@@ -11,7 +11,7 @@ from jaxquant.models.config import Precision
 from jaxquant.quant import ActivationGrid, Grid
 from jaxquant.recipe import Recipe, chain
 from jaxquant.stages import AWQ, GPTQ, OSAQ, RTN, Best, CoordinateDescent, Keep, MagR, Refit, Stage
-from jaxquant.surgery import OffQ, QuaRot
+from jaxquant.surgery import OffQ, QuaRot, SpinQuant
 
 
 def _osaq(bits: int) -> Best:
@@ -21,7 +21,7 @@ def _osaq(bits: int) -> Best:
 
 
 #: How the names of recipes that quantize activations and caches are made.
-ROTATED = "{rtn,quarot,offq}-wXaYkvZ"
+ROTATED = "{rtn,quarot,spinquant,offq}-wXaYkvZ"
 # Share of the range of activations that is kept, for all recipes alike.
 _CLIP = 0.95
 
@@ -64,7 +64,7 @@ def named(name: str, grid: Grid, *, gptq: GPTQ | None = None, true_sequential: b
 
 def _rotated(name: str, grid: Grid, gptq: GPTQ) -> tuple[tuple[Stage, ...], Grid, Precision] | None:
     """Stages, grid and precision of a name such as `offq-w4a4kv4`; `None` for other names."""
-    found = re.fullmatch(r"(rtn|quarot|offq)-w(\d+)a(\d+)kv(\d+)", name)
+    found = re.fullmatch(r"(rtn|quarot|spinquant|offq)-w(\d+)a(\d+)kv(\d+)", name)
     if found is None:
         return None
     weight, activation, cache = (int(bits) for bits in found.groups()[1:])
@@ -79,6 +79,8 @@ def _rotated(name: str, grid: Grid, gptq: GPTQ) -> tuple[tuple[Stage, ...], Grid
         stages = (rounding,)
     elif found[1] == "quarot":
         stages = (QuaRot(), rounding)
+    elif found[1] == "spinquant":
+        stages = (SpinQuant(), rounding)
     elif grid.group_size is None:
         raise UsageError(f"{name} needs groups: give a group_size that divides the channels")
     else:

@@ -6,20 +6,26 @@ Blocks are rotated while they are read, so no model need fit in memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxquant.calibrate.offsets import offsets
 from jaxquant.errors import UsageError
+from jaxquant.evaluate.scoring import head_only, next_token_nll, over_tokens
 from jaxquant.io import checkpoint
-from jaxquant.io.source import Source
+from jaxquant.io.source import Source, load_params
 from jaxquant.methods.offq import Basis, check_groups, offq
 from jaxquant.methods.rotate import Rotations, fold_norms, largest_block, quarot, rotate
-from jaxquant.models.config import ModelConfig
+from jaxquant.methods.spin import Turns, spin, turn_blocks
+from jaxquant.models.config import EXACT, ModelConfig
+from jaxquant.models.decoder import final_hidden
 from jaxquant.stages import Stage, register
 
 _PER_LAYER = ("values", "keys", "key_shift", "hidden")
@@ -36,8 +42,11 @@ class Surgery(Stage):
         """
         raise NotImplementedError
 
-    def rotations(self, source: Source, tokens: np.ndarray) -> Rotations:
-        """The bases; `source` has its norms folded, `tokens` are the calibration windows."""
+    def rotations(self, source: Source, config: ModelConfig, tokens: np.ndarray) -> Rotations:
+        """The bases; `source` has its norms folded, `config` is that of the result, with its precision.
+
+        `tokens` are the calibration windows, int32 `[samples, seqlen]`.
+        """
         raise NotImplementedError
 
 
@@ -52,7 +61,7 @@ class QuaRot(Surgery):
         """All inputs at once where there is such a matrix."""
         return largest_block(config.intermediate_size)
 
-    def rotations(self, source: Source, tokens: np.ndarray) -> Rotations:
+    def rotations(self, source: Source, config: ModelConfig, tokens: np.ndarray) -> Rotations:
         """See `methods.rotate.quarot`."""
         return quarot(source.config, self.seed)
 
@@ -89,12 +98,100 @@ class OffQ(Surgery):
         )
         return self.group_size
 
-    def rotations(self, source: Source, tokens: np.ndarray) -> Rotations:
+    def rotations(self, source: Source, config: ModelConfig, tokens: np.ndarray) -> Rotations:
         """See `methods.offq.offq`; what it needs is collected from `tokens`."""
         return offq(offsets(source, tokens), self.group_size, basis=self.basis, sort=self.sort)
 
     def __str__(self) -> str:
         return f"OffQ (g{self.group_size}, {self.basis} basis{'' if self.sort else ', unsorted'})"
+
+
+@register("spinquant")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpinQuant(Surgery):
+    """QuaRot's matrices, those of the residual stream and of values then learned; see `methods.spin`.
+
+    A step takes the mean loss of next tokens on one calibration window, activations and cache as the recipe's
+    precision quantizes them, weights in floating point; the rate falls to 0 in equal steps. Where precision
+    quantizes nothing, no basis is better than another and QuaRot's stay. All blocks are in memory, and twice
+    more their bytes while the gradient is found.
+
+    Attributes:
+      seed: of QuaRot's matrices, and of the order in which windows come again and again.
+      steps: of gradient descent with momentum .9.
+      learning_rate: of the first step.
+    """
+
+    seed: int = 0
+    steps: int = 100
+    learning_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not self.learning_rate > 0:
+            raise UsageError(
+                f"SpinQuant: steps={self.steps} and learning_rate={self.learning_rate} must be positive"
+            )
+
+    def hidden_block(self, config: ModelConfig) -> int:
+        """That of QuaRot.
+
+        Raises:
+          UsageError: a family with norms behind `o` and `down`, where R1 is an operation and no weight.
+        """
+        if config.post_norms:
+            raise UsageError(
+                f"SpinQuant: {config.family} has norms behind o and down, into which no learned rotation can "
+                "be folded; use quarot or offq"
+            )
+        return largest_block(config.intermediate_size)
+
+    def rotations(self, source: Source, config: ModelConfig, tokens: np.ndarray) -> Rotations:
+        """See `methods.spin.spin`; the matrices are learned from `tokens`.
+
+        Raises:
+          NonFiniteError: the loss or its gradient is not finite; names the step.
+        """
+        import optax
+
+        def rate(step: ArrayLike) -> jax.Array:
+            return self.learning_rate * (1 - jnp.asarray(step, jnp.float32) / self.steps)
+
+        start = quarot(source.config, self.seed)
+        if dataclasses.replace(config.precision, hidden_hadamard=0) == EXACT:
+            return start
+        params = load_params(RotatedSource(source, config, start))
+        order = np.random.default_rng(self.seed).permutation(len(tokens))
+        windows = (jnp.asarray(tokens[order[step % len(order)]]) for step in range(self.steps))
+        # What is learned comes behind QuaRot's matrices, whose products stay in float64.
+        learned = spin(
+            functools.partial(_loss, config),
+            {name: _identities(getattr(start, name)) for name in ("residual", "values")},
+            ((params, window) for window in windows),
+            optax.sgd(rate, momentum=0.9),
+        )
+        return dataclasses.replace(
+            start, **{name: getattr(start, name) @ turn for name, turn in learned.items()}
+        )
+
+    def __str__(self) -> str:
+        return f"SpinQuant ({self.steps} steps of {self.learning_rate:g}, seed {self.seed})"
+
+
+def _identities(like: np.ndarray) -> jax.Array:
+    return jnp.broadcast_to(jnp.eye(like.shape[-1], dtype=jnp.float32), like.shape)
+
+
+def _loss(config: ModelConfig, turns: Turns, data: tuple[Any, jax.Array]) -> jax.Array:
+    """Mean loss of the next tokens of a window `[T]`, the model's parameters turned."""
+    params, window = data
+    residual = turns["residual"]
+    # Turned are the rows of the embedding that are read, and what the head reads instead of the head.
+    rows = jnp.matmul(jnp.take(params["embed"], window, axis=0), residual, precision="highest")
+    turned = {"embed": rows, "norm": params["norm"], "blocks": turn_blocks(params["blocks"], turns)}
+    hidden, _ = final_hidden(turned, config, jnp.arange(len(window))[None])
+    hidden = jnp.matmul(hidden[0, :-1], residual.T.astype(hidden.dtype), precision="highest")
+    score = functools.partial(next_token_nll, head_only(params, config), config)
+    return jnp.mean(over_tokens(score, config.vocab_size, hidden, window[1:]))
 
 
 class RotatedSource:
@@ -156,9 +253,9 @@ def operate(
     """
     folded = RotatedSource(source, dataclasses.replace(source.config, tie_embeddings=False))
     if keep is None:
-        return RotatedSource(source, config, surgery.rotations(folded, tokens))
+        return RotatedSource(source, config, surgery.rotations(folded, config, tokens))
     if not keep.is_file():
-        rotations = surgery.rotations(folded, tokens)
+        rotations = surgery.rotations(folded, config, tokens)
         fields = {field.name: getattr(rotations, field.name) for field in dataclasses.fields(rotations)}
         buffer = io.BytesIO()
         np.savez(buffer, **{name: value for name, value in fields.items() if value is not None})

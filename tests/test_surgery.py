@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import CONFIG, MemorySource
+from tiny_families import tiny_config, tiny_params, tiny_tokens
 
 from jaxquant.calibrate.fisher import fisher_weights
 from jaxquant.calibrate.moments import observe
 from jaxquant.errors import NonFiniteError, UsageError
-from jaxquant.io import checkpoint
+from jaxquant.evaluate import perplexity
+from jaxquant.io import checkpoint, load_params
 from jaxquant.methods import layer_error, quarot
 from jaxquant.models import Precision
 from jaxquant.models.decoder import forward, init_params
@@ -24,7 +26,7 @@ from jaxquant.quant import ActivationGrid, Grid, QArray
 from jaxquant.recipe import Recipe, by_path, chain, read_toml, to_toml
 from jaxquant.records import read_rows
 from jaxquant.stages import AWQ, GPTQ, OSAQ, RTN
-from jaxquant.surgery import OffQ, QuaRot, RotatedSource
+from jaxquant.surgery import OffQ, QuaRot, RotatedSource, SpinQuant, operate
 
 GRID = Grid(bits=4, group_size=16, clip="mse")
 NINE = dataclasses.replace(CONFIG, head_dim=9)
@@ -143,6 +145,62 @@ def test_errors_are_those_on_quantized_activations(params, tokens, tmp_path):
         assert len(np.unique(np.asarray(taps[layer, 0, 0, :16]))) <= 4
 
 
+def nll(source: RotatedSource, tokens) -> float:
+    return perplexity(load_params(source), source.config, tokens).nll
+
+
+def test_learned_rotations_lower_the_loss_they_are_learned_on(params):
+    """On text that the model itself has written, so that there is something to lose."""
+    text = np.array(jax.random.randint(jax.random.key(5), (16, 48), 0, 64), np.int32)
+    write = jax.jit(
+        lambda t: jax.random.categorical(jax.random.key(3), 3 * forward(params, CONFIG, t).logits)
+    )
+    for at in range(47):
+        text[:, at + 1] = np.asarray(write(text))[:, at]
+    config = named("spinquant-w8a2kv16", GRID).runtime(CONFIG)
+    surgery = SpinQuant(steps=48, learning_rate=0.2)
+    first, again = (operate(MemorySource(params), surgery, config, text) for _ in range(2))
+    start = operate(MemorySource(params), QuaRot(), config, text)
+    assert nll(first, text) < nll(start, text)
+    assert first.rotations is not None
+    assert again.rotations is not None
+    assert start.rotations is not None
+    for name in ("residual", "values"):
+        learned = getattr(first.rotations, name)
+        np.testing.assert_array_equal(learned, getattr(again.rotations, name))
+        assert np.abs(learned.mT @ learned - np.eye(learned.shape[-1])).max() <= 1e-12
+        assert np.abs(learned - getattr(start.rotations, name)).max() > 1e-3
+    np.testing.assert_array_equal(first.rotations.keys, start.rotations.keys)
+
+
+def test_learned_rotations_preserve_the_function():
+    """With biases, and query heads that share a value head."""
+    name = "llama_linear_biases"
+    original, tokens = MemorySource(tiny_params(tiny_config(name)), tiny_config(name)), tiny_tokens(name)
+    config = named("spinquant-w8a3kv3", GRID).runtime(original.config)
+    rotated = operate(original, SpinQuant(steps=2), config, tokens)
+    exact = dataclasses.replace(config, precision=Precision(hidden_hadamard=48))
+    before = forward(original.params, original.config, jnp.asarray(tokens)).logits
+    after = forward(load_params(rotated), exact, jnp.asarray(tokens)).logits
+    assert float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before))) <= 1e-4
+
+
+def test_nothing_is_learned_where_nothing_is_quantized(params, tokens):
+    config = named("spinquant-w4a16kv16", GRID).runtime(CONFIG)
+    rotations = operate(MemorySource(params), SpinQuant(seed=3), config, tokens).rotations
+    assert rotations is not None
+    np.testing.assert_array_equal(rotations.residual, quarot(CONFIG, 3).residual)
+
+
+def test_learned_rotations_are_learned_once(params, tokens, tmp_path, monkeypatch):
+    config, surgery = named("spinquant-w8a4kv4", GRID).runtime(CONFIG), SpinQuant(steps=1)
+    first = operate(MemorySource(params), surgery, config, tokens, keep=tmp_path / "r.npz")
+    monkeypatch.delattr(SpinQuant, "rotations")
+    again = operate(MemorySource(params), surgery, config, tokens, keep=tmp_path / "r.npz")
+    for a, b in zip(jax.tree.leaves(first.block(1)), jax.tree.leaves(again.block(1)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_resumed_run_finds_the_same_bases(params, tokens, tmp_path, monkeypatch):
     precision = named("offq-w4a4kv4", GRID).precision
     recipe = chain(OffQ(group_size=16), OSAQ(eta=3e3), GPTQ(), grid=GRID, precision=precision)
@@ -211,7 +269,7 @@ def test_a_folded_source_is_the_same_model(params, tokens):
     assert source.fingerprint() == MemorySource(params).fingerprint()
 
 
-@pytest.mark.parametrize("name", ["offq-w4a4kv4", "quarot-w8a8kv16", "rtn-w3a16kv4"])
+@pytest.mark.parametrize("name", ["offq-w4a4kv4", "quarot-w8a8kv16", "spinquant-w4a4kv4", "rtn-w3a16kv4"])
 def test_named_recipes_survive_toml(name, tmp_path):
     recipe = named(name, GRID)
     (tmp_path / "r.toml").write_text(to_toml(recipe))
@@ -247,6 +305,11 @@ def test_the_plan_counts_the_untied_head_and_the_rotations_of_keys():
         ),
         (lambda: OffQ(basis="pca"), "unknown basis 'pca'"),
         (lambda: OffQ(group_size=0), "group_size=0 must be positive"),
+        (lambda: SpinQuant(steps=0), "steps=0 and learning_rate=.* must be positive"),
+        (
+            lambda: named("spinquant-w4a4kv4", GRID).runtime(tiny_config("gemma3")),
+            "SpinQuant: gemma3_text has norms behind o and down, .* use quarot or offq",
+        ),
         (
             lambda: chain(OffQ(group_size=12), RTN(), grid=GRID).runtime(CONFIG),
             "OffQ: 32 channels of the residual stream are not divisible by group_size=12",
