@@ -1,11 +1,12 @@
-"""Perplexity of SmolLM2-135M with 4-bit weights, activations and cache: OffQ and QuaRot at equal grids.
+"""Perplexity of SmolLM2-135M with 4-bit weights, activations and cache: rotations at equal grids.
 
     python experiments/offq/table.py --data DIR [--seeds 0 1 2] [--methods NAME ...] [--settings NAME ...]
 
 DIR holds wikitext2/wiki.{train.part,test}.raw and c4/c4_eval.jsonl. Every row runs the whole pipeline with
 calibration windows and random rotations drawn by `seed`, and evaluates the saved model; in the settings with
-w16 the rotated float weights are evaluated, with OffQ's bases from the same windows. Rows are added to
-results/table.json one by one; those already there are kept. results/table.md is made from the JSON.
+w16 the rotated float weights are evaluated, with the bases of OffQ and SpinQuant from the same windows. Rows
+are added to results/table.json one by one; those already there are kept. results/table.md is made from the
+JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jaxquant.named import named
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe, chain
 from jaxquant.stages import GPTQ, RTN
-from jaxquant.surgery import OffQ, QuaRot, Surgery, operate
+from jaxquant.surgery import OffQ, QuaRot, SpinQuant, Surgery, operate
 
 RESULTS = Path(__file__).parent / "results"
 GRID = Grid(bits=4, group_size=64, clip="mse")
@@ -37,6 +38,8 @@ METHODS: dict[str, tuple[str | None, RTN | GPTQ]] = {
     "GPTQ": (None, GPTQ()),
     "QuaRot + RTN": ("quarot", RTN()),
     "QuaRot + GPTQ": ("quarot", GPTQ()),
+    "SpinQuant + RTN": ("spinquant", RTN()),
+    "SpinQuant + GPTQ": ("spinquant", GPTQ()),
     "OffQ + RTN": ("offq", RTN()),
     "OffQ + GPTQ": ("offq", GPTQ()),
 }
@@ -48,6 +51,7 @@ def recipe_of(method: str, setting: str, seed: int) -> Recipe:
     surgeries: dict[str | None, tuple[Surgery, ...]] = {
         None: (),
         "quarot": (QuaRot(seed=seed),),
+        "spinquant": (SpinQuant(seed=seed),),
         "offq": (OffQ(group_size=64),),
     }
     return chain(*surgeries[kind], rounding, grid=GRID, precision=precision)
