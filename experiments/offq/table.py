@@ -3,10 +3,9 @@
     python experiments/offq/table.py --data DIR [--seeds 0 1 2] [--methods NAME ...] [--settings NAME ...]
 
 DIR holds wikitext2/wiki.{train.part,test}.raw and c4/c4_eval.jsonl. Every row runs the whole pipeline with
-calibration windows and random rotations drawn by `seed`, and evaluates the saved model; in the settings with
-w16 the rotated float weights are evaluated, with the bases of OffQ and SpinQuant from the same windows. Rows
-are added to results/table.json one by one; those already there are kept. results/table.md is made from the
-JSON.
+calibration windows and random rotations drawn by `seed`, and evaluates the saved model, products of packed
+linears in integers. Rows are added to results/table.json one by one; those already there are kept.
+results/table.md is made from the JSON.
 """
 
 from __future__ import annotations
@@ -15,19 +14,17 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from windows import Bench
 
-from jaxquant.io import load_params
 from jaxquant.named import named
-from jaxquant.quant import Grid
+from jaxquant.quant import ActivationGrid, Grid
 from jaxquant.recipe import Recipe, chain
-from jaxquant.stages import GPTQ, RTN
-from jaxquant.surgery import OffQ, QuaRot, SpinQuant, Surgery, operate
+from jaxquant.stages import GPTQ, RTN, Keep
+from jaxquant.surgery import OffQ, QuaRot, SpinQuant, Surgery
 
 RESULTS = Path(__file__).parent / "results"
 GRID = Grid(bits=4, group_size=64, clip="mse")
@@ -47,25 +44,15 @@ METHODS: dict[str, tuple[str | None, RTN | GPTQ]] = {
 
 def recipe_of(method: str, setting: str, seed: int) -> Recipe:
     kind, rounding = METHODS[method]
-    precision = named(f"rtn-{setting.replace('w16', 'w8')}", GRID).precision
+    precision = named(f"rtn-{setting}", GRID).precision
     surgeries: dict[str | None, tuple[Surgery, ...]] = {
         None: (),
         "quarot": (QuaRot(seed=seed),),
         "spinquant": (SpinQuant(seed=seed),),
         "offq": (OffQ(group_size=64),),
     }
-    return chain(*surgeries[kind], rounding, grid=GRID, precision=precision)
-
-
-def add_float(bench: Bench, key: dict, recipe: Recipe, tokens: Any) -> None:
-    """The row of the float model that `recipe` would round, with its precision."""
-    if bench.has(key):
-        return
-    source, config = bench.source, recipe.runtime(bench.source.config)
-    if recipe.surgery is not None:
-        source = operate(source, recipe.surgery, config, tokens)
-    facts = {"recipe": f"{recipe.surgery}, float weights, {recipe.precision}"}
-    bench.add(key, load_params(source), config, facts)
+    last = Keep() if setting.startswith("w16") else rounding
+    return chain(*surgeries[kind], last, grid=GRID, precision=precision)
 
 
 def main() -> None:
@@ -81,12 +68,9 @@ def main() -> None:
         for setting in arguments.settings:
             for method in arguments.methods:
                 key = {"method": method, "setting": setting, "seed": seed}
-                recipe = recipe_of(method, setting, seed)
-                if setting.startswith("w4"):
-                    bench.run(key, recipe, tokens)
-                elif method.endswith("RTN"):  # float weights: one row for both roundings
-                    add_float(bench, key, recipe, tokens)
-                write(bench)
+                if setting.startswith("w4") or method.endswith("RTN"):  # w16: nothing is rounded
+                    bench.run(key, recipe_of(method, setting, seed), tokens)
+                    write(bench)
 
 
 def write(bench: Bench) -> None:
@@ -96,15 +80,23 @@ def write(bench: Bench) -> None:
             own, cells = bench.cells({"setting": setting, "method": method})
             if own:
                 name = method.split(" + ")[0].replace("RTN", "none") if setting.startswith("w16") else method
-                lines.append([setting, name, *cells, str(len(own))])
+                precision = recipe_of(method, setting, 0).precision
+                bits = [own[0]["effective_bits"], *map(_bits, (precision.attn_in, precision.keys), (576, 64))]
+                shown = " / ".join(f"{value:g}" for value in bits)
+                lines.append([setting, name, shown, *cells, str(len(own))])
     bench.write_table(
         "Weights: asymmetric, group 64, clip search; GPTQ with act-order, static groups, damping .01, on "
-        "inputs as quantized (4.5 effective bits). Activations: asymmetric, group 64, 95 % of the range (4.5 "
-        "bits). Keys and values: asymmetric, a head of a token, 95 % (4.5 bits). With w16 the weights are "
-        "those of the rotated float model. Seeds are of calibration and rotation.",
-        ["setting", "method", "WikiText-2", "C4", "seeds"],
+        "inputs as quantized. Activations: asymmetric, group 64, 95 % of the range. Keys and values: "
+        "asymmetric, a head of a token, 95 %. SpinQuant: 100 steps on one calibration window each. Effective bits of "
+        "weights, activations (scales in float32, as computed; 4.5 if they were stored in float16), cache. "
+        "Seeds are of calibration and rotation.",
+        ["setting", "method", "bits", "WikiText-2", "C4", "seeds"],
         lines,
     )
+
+
+def _bits(grid: ActivationGrid | None, channels: int) -> float:
+    return 16 if grid is None else grid.effective_bits(channels)
 
 
 if __name__ == "__main__":
