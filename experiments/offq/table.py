@@ -87,9 +87,9 @@ def write(bench: Bench) -> None:
     bench.write_table(
         "Weights: asymmetric, group 64, clip search; GPTQ with act-order, static groups, damping .01, on "
         "inputs as quantized. Activations: asymmetric, group 64, 95 % of the range. Keys and values: "
-        "asymmetric, a head of a token, 95 %. SpinQuant: 100 steps on one calibration window each. Effective bits of "
-        "weights, activations (scales in float32, as computed; 4.5 if they were stored in float16), cache. "
-        "Seeds are of calibration and rotation.",
+        "asymmetric, a head of a token, 95 %. SpinQuant: 100 steps on one calibration window each. Bits are "
+        "effective ones of weights, activations (scales in float32, as computed; 4.5 if they were stored in "
+        "float16) and cache. Seeds are of calibration and rotation.",
         ["setting", "method", "bits", "WikiText-2", "C4", "seeds"],
         lines,
     )
