@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from jaxquant.errors import UsageError
@@ -125,7 +126,12 @@ class ActivationGrid:
         return (lo[..., None] + scale[..., None] * grouped).reshape(codes.shape).astype(dtype)
 
     def fake_quantize(self, x: Float[Array, "*tokens n"]) -> Float[Array, "*tokens n"]:
-        """x as it is after quantization, in its own dtype; gradients pass straight through to x."""
+        """x as it is after quantization, in its own dtype.
+
+        Gradients pass straight through the rounding, not through the range: of a value inside it `x' = x +
+        scale e` with the error `e = q - (x - lo) / scale` held constant, so a range that is too wide is felt;
+        of a clipped one `x'` is an end of the range.
+        """
         return QActivation.of(x, self).values
 
     def __str__(self) -> str:
@@ -133,6 +139,13 @@ class ActivationGrid:
         kind = "symmetric" if self.symmetric else "asymmetric" + (" with 0" if self.range == "zero" else "")
         clip = "" if self.clip == 1 else f", clip {self.clip:g}"
         return f"{self.bits} bits {size} {kind}{clip}"
+
+    def _relaxed(self, x: Array, codes: Array, scale: Array, lo: Array) -> Array:
+        """The values again, with the errors of rounding as constants."""
+        place = (self._grouped(x) - lo[..., None]) / scale[..., None]
+        inside = jnp.clip(place, 0, 2**self.bits - 1)
+        error = lax.stop_gradient(codes.reshape(place.shape).astype(place.dtype) - inside)
+        return (lo[..., None] + scale[..., None] * (inside + error)).reshape(x.shape).astype(x.dtype)
 
     def _storable(self, a: Array) -> Array:
         if self.scale_dtype == "float32":
@@ -153,7 +166,7 @@ class QActivation:
       codes: uint8 `[..., n]`.
       scale, lo: `[..., groups]`.
       values: `[..., n]`, `lo + scale * code` in the dtype of the activations and of products. They carry
-        the gradient, straight through to what was quantized; under `jit` they cost nothing without one.
+        the gradient, see `ActivationGrid.fake_quantize`; under `jit` they cost nothing without one.
       grid: what they were quantized with.
     """
 
@@ -168,14 +181,14 @@ class QActivation:
         """`x` quantized on `grid`."""
         scale, lo = grid.fit(x)
         codes = grid.quantize(x, scale, lo)
-        values = straight_through(x, grid.dequantize(codes, scale, lo, x.dtype))
-        return cls(codes, scale, lo, values, grid)
+        values = grid.dequantize(codes, scale, lo, x.dtype)
+        return cls(codes, scale, lo, straight_through(grid._relaxed(x, codes, scale, lo), values), grid)
 
 
 @jax.custom_jvp
-def straight_through(x: Array, values: Array) -> Array:
-    """`values`, differentiated as if they were x: rounding itself has gradient 0 nearly everywhere."""
-    del x
+def straight_through(smooth: Array, values: Array) -> Array:
+    """`values`, differentiated as if they were `smooth`, which is never computed without a gradient."""
+    del smooth
     return values
 
 

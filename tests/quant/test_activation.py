@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax import lax
 
 from jaxquant.errors import UsageError
 from jaxquant.linalg import hadamard_transform
@@ -132,13 +133,39 @@ def test_scales_are_rounded_before_they_are_used():
     np.testing.assert_array_equal(HALF.fake_quantize(narrow), jnp.ones((1, 2)))
 
 
-def test_gradients_pass_straight_through():
-    x, weight = (jnp.asarray(tokens(3, 64, seed=seed), jnp.float32) for seed in (0, 1))
-    grid = GRIDS[1]
-    value, gradient = jax.value_and_grad(lambda x: jnp.sum(grid.fake_quantize(x) ** 2 * weight))(x)
-    quantized = grid.fake_quantize(x)
-    np.testing.assert_allclose(gradient, 2 * quantized * weight, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(value, jnp.sum(quantized**2 * weight), rtol=1e-5)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_gradients_pass_through_the_rounding_but_feel_the_range(grid):
+    """Against numpy: rounding errors and clipped ends are constants, all else is differentiated."""
+    x, weight, step = (tokens(2, 64, seed=seed) for seed in (0, 1, 2))
+
+    def smooth(x: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """The values at x with the errors made at `at`."""
+        ranges = [np.asarray(a)[..., None] for a in jax.jit(grid.fit)(jnp.asarray(x))]
+        others = [np.asarray(a)[..., None] for a in jax.jit(grid.fit)(jnp.asarray(at))]
+        place, place_at = (
+            np.clip((a.reshape(2, scale.shape[1], -1) - lo) / scale, 0, 2**grid.bits - 1)
+            for a, (scale, lo) in ((x, ranges), (at, others))
+        )
+        return (ranges[1] + ranges[0] * (place + np.round(place_at) - place_at)).reshape(x.shape)
+
+    with jax.enable_x64(True):
+        value, gradient = jax.value_and_grad(lambda x: jnp.sum(grid.fake_quantize(x) * weight))(
+            jnp.asarray(x)
+        )
+        h = 1e-6
+        difference = np.sum((smooth(x + h * step, x) - smooth(x - h * step, x)) * weight) / (2 * h)
+        np.testing.assert_allclose(np.sum(np.asarray(gradient) * step), difference, rtol=1e-6)
+        np.testing.assert_allclose(value, np.sum(reference(x, grid) * weight), rtol=1e-9)
+
+
+def test_a_wider_range_is_felt():
+    """The gradient of the squared error by the value that sets the range points inwards."""
+    x = np.append(np.linspace(-1, 1, 63), 8.0).astype(np.float32)[None]
+    grid = ActivationGrid(bits=3)
+    gradient = jax.grad(lambda x: jnp.sum((grid.fake_quantize(x) - lax.stop_gradient(x))[0, :63] ** 2))(
+        jnp.asarray(x)
+    )
+    assert float(gradient[0, -1]) > 0.05
 
 
 def test_the_pytree_of_quantized_activations():
