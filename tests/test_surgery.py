@@ -348,3 +348,16 @@ def test_the_plan_counts_the_untied_head_and_the_rotations_of_keys():
 def test_bad_recipes_are_refused(make, message):
     with pytest.raises(UsageError, match=message):
         make()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["offq", "quarot"])
+def test_a_rotated_smollm2_computes_the_same(name, smollm2):
+    tokens = np.asarray(smollm2.tokenizer().encode("The old lighthouse keeper climbed the stairs. " * 40).ids)
+    tokens = tokens[:256].reshape(2, 128).astype(np.int32)
+    recipe = named(f"{name}-w16a16kv16", Grid(bits=4, group_size=64))
+    assert recipe.surgery is not None
+    rotated = operate(smollm2, recipe.surgery, recipe.runtime(smollm2.config), tokens)
+    run = jax.jit(forward, static_argnums=1)
+    before, after = (run(load_params(s), s.config, jnp.asarray(tokens)).logits for s in (smollm2, rotated))
+    assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) <= 1e-4

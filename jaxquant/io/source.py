@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from math import prod
 from pathlib import Path
@@ -98,8 +97,8 @@ def load_params(source: Source, dtype: str | None = None) -> dict[str, Any]:
     stacked = jax.tree.map(lambda leaf: _aligned((layers, *leaf.shape), dtype or leaf.dtype), block)
     for index in range(layers):
         block = block if index == 0 else source.block(index)
-        targets = jax.tree.map(operator.itemgetter(index), stacked)
-        jax.tree.map(_fill, targets, block)
+        # With the ellipsis a scalar of each block is a view, too.
+        jax.tree.map(lambda whole, leaf: _fill(whole[index, ...], leaf), stacked, block)  # noqa: B023
     return {**params, "blocks": jax.tree.map(_adopt, stacked)}
 
 
