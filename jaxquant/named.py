@@ -10,7 +10,7 @@ from jaxquant.errors import UsageError
 from jaxquant.models.config import Precision
 from jaxquant.quant import ActivationGrid, Grid
 from jaxquant.recipe import Recipe, chain
-from jaxquant.stages import AWQ, GPTQ, OSAQ, RTN, Best, CoordinateDescent, Keep, MagR, Refit, Stage
+from jaxquant.stages import AWQ, FINE, GPTQ, OSAQ, RTN, Best, CoordinateDescent, Keep, MagR, Refit, Stage
 from jaxquant.surgery import OffQ, QuaRot, SpinQuant
 
 
@@ -31,12 +31,14 @@ NAMES: dict[str, Callable[[GPTQ, int], tuple[Stage, ...]]] = {
     "gptq": lambda gptq, bits: (gptq,),
     "gptq-refit": lambda gptq, bits: (gptq, Refit()),
     "gptq-cd": lambda gptq, bits: (gptq, CoordinateDescent()),
+    "gptq-fine": lambda gptq, bits: (gptq, FINE()),
     "awq-rtn": lambda gptq, bits: (AWQ(), RTN()),
     "awq-gptq": lambda gptq, bits: (AWQ(), gptq),
     "magr-rtn": lambda gptq, bits: (MagR(), RTN()),
     "magr-gptq": lambda gptq, bits: (MagR(), gptq),
     "osaq-rtn": lambda gptq, bits: (_osaq(bits), RTN()),
     "osaq-gptq": lambda gptq, bits: (_osaq(bits), gptq),
+    "osaq-gptq-fine": lambda gptq, bits: (_osaq(bits), gptq, FINE()),
     "osaq-dagger": lambda gptq, bits: (_osaq(bits), gptq, CoordinateDescent()),
     "osaq-refit": lambda gptq, bits: (_osaq(bits), gptq, Refit()),
     "osaq-awq": lambda gptq, bits: (AWQ(), _osaq(bits), RTN()),

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxquant import records
 from jaxquant.calibrate.collect import batches, block_moments, embed_all, merge_taps
-from jaxquant.calibrate.fisher import TokenWeights, fisher_weights
+from jaxquant.calibrate.fisher import TokenWeights, fisher_weights, output_moments
 from jaxquant.calibrate.moments import Moments
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.io import checkpoint
@@ -102,6 +102,7 @@ def quantize_model(
         on_event({"event": "resume", "block": finished, "blocks": config.num_layers})
 
     weights = _token_weights(source, recipe, tokens, folder, on_event)
+    outputs = _output_moments(source, recipe, tokens, folder, on_event)
     rows: list[Event] = []
     for index in range(config.num_layers):
         if index < finished:
@@ -109,7 +110,8 @@ def quantize_model(
             params = jax.tree.map(jnp.asarray, params)
         else:
             begun = time.monotonic()
-            params, record = _quantize_block(source, index, config, recipe, hidden, weights, on_event)
+            own = None if weights is None else weights[index], None if outputs is None else outputs[index]
+            params, record = _quantize_block(source, index, config, recipe, hidden, *own, on_event)
             record["seconds"] = time.monotonic() - begun
             params = _storable(params)
             checkpoint.save_block(folder, index, params, record)
@@ -217,23 +219,42 @@ def _propagate(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool)
 def _token_weights(
     source: Source, recipe: Recipe, tokens: np.ndarray, folder: Path, on_event: Callable[[Event], None]
 ) -> list[TokenWeights] | None:
-    """Fisher weights of the calibration tokens, kept in `folder` so that a resumed run finds the same."""
+    """Fisher weights of the calibration tokens, if the recipe asks for them."""
     if recipe.hessian != "fisher":
         return None
-    path = folder / "token_weights.npz"
+    return _by_gradient(fisher_weights, source, tokens, folder / "token_weights.npz", on_event)
+
+
+def _output_moments(
+    source: Source, recipe: Recipe, tokens: np.ndarray, folder: Path, on_event: Callable[[Event], None]
+) -> list[dict[str, np.ndarray]] | None:
+    """Moments of the gradients at the outputs of linears, if the recipe asks for them."""
+    if not recipe.needs_gradients:
+        return None
+    return _by_gradient(output_moments, source, tokens, folder / "output_moments.npz", on_event)
+
+
+def _by_gradient(
+    measure: Callable[..., list[dict[str, np.ndarray]]],
+    source: Source,
+    tokens: np.ndarray,
+    path: Path,
+    on_event: Callable[[Event], None],
+) -> list[dict[str, np.ndarray]]:
+    """What `measure` finds in every block, kept at `path` so that a resumed run finds the same."""
     if not path.is_file():
 
         def on_block(done: int, total: int) -> None:
             on_event({"event": "gradient", "done": done, "total": total})
 
-        weights = fisher_weights(source, tokens, on_block=on_block)
-        stacked = {tap: np.stack([block[tap] for block in weights]) for tap in weights[0]}
+        found = measure(source, tokens, on_block=on_block)
+        stacked = {name: np.stack([block[name] for block in found]) for name in found[0]}
         buffer = io.BytesIO()
         np.savez(buffer, **stacked)  # pyright: ignore[reportArgumentType]
         checkpoint.write_bytes(path, buffer.getvalue())
     with np.load(path) as stored:
         stacked = dict(stored)
-    return [{tap: array[i] for tap, array in stacked.items()} for i in range(source.config.num_layers)]
+    return [{name: array[i] for name, array in stacked.items()} for i in range(source.config.num_layers)]
 
 
 def _quantize_block(
@@ -242,7 +263,8 @@ def _quantize_block(
     config: ModelConfig,
     recipe: Recipe,
     hidden: np.ndarray,
-    weights: list[TokenWeights] | None,
+    weights: TokenWeights | None,
+    outputs: dict[str, np.ndarray] | None,
     on_event: Callable[[Event], None],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One block's parameters with packed kernels, and the record (rows, histograms) that goes with them."""
@@ -263,7 +285,7 @@ def _quantize_block(
         def collect(samples: Any, taps: tuple[str, ...] = taps, params: Any = params) -> dict[str, Moments]:
             if not taps:
                 return {}
-            own = None if weights is None else {tap: weights[index][tap][samples] for tap in taps}
+            own = None if weights is None else {tap: weights[tap][samples] for tap in taps}
             return block_moments(
                 params, config, hidden[samples], sliding=sliding, taps=taps, mask=recipe.mask, weights=own
             )
@@ -287,10 +309,13 @@ def _quantize_block(
                 record["rows"].append(records.kept_row(kernel, index, path))
                 on_event({"event": "row", **record["rows"][-1]})
                 continue
-            if holds_out and own.holds_out:
-                problem = Problem.of(kernel, seen[tap], own.grid, held_out=held_out[tap])
-            else:
-                problem = Problem.of(kernel, moments[tap], own.grid)
+            problem = Problem.of(
+                kernel,
+                seen[tap] if holds_out and own.holds_out else moments[tap],
+                own.grid,
+                held_out=held_out[tap] if holds_out and own.holds_out else None,
+                outputs=None if outputs is None else jnp.asarray(outputs[path]),
+            )
             packed, row = _quantize_linear(problem, own, index, path)
             nearest = rtn(original[part][name]["kernel"], plain[tap], own.grid)
             row["error_rtn"] = float(nearest.stats.error)

@@ -29,6 +29,7 @@ from jaxquant.models.config import EXACT, ModelConfig, Precision
 from jaxquant.options import build
 from jaxquant.quant import Grid
 from jaxquant.stages import (
+    FINE,
     GPTQ,
     RTN,
     STAGES,
@@ -103,9 +104,9 @@ class Recipe:
             raise UsageError(
                 f"{self.folds[0]} scales inputs after they were collected, quantized; leave precision out"
             )
-        if self.hessian == "fisher" and self.precision != EXACT:
+        if self.folds and self.needs_gradients:
             raise UsageError(
-                "the Fisher Hessian needs gradients, and integers have none; leave precision out"
+                f"{self.folds[0]} scales outputs after their gradients were collected; leave one out"
             )
         if self.precision.hidden_hadamard:
             raise UsageError("precision: hidden_hadamard comes with a surgery; leave it out")
@@ -180,6 +181,12 @@ class Recipe:
         """What `stats.choice` counts: the candidates of the `Best` stage, "off" first; empty without one."""
         best = [stage for stage in self.stages if isinstance(stage, Best)]
         return ["off", *map(str, best[-1].candidates)] if best else []
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a stage weighs errors by gradients at the outputs of linears."""
+        stages = (stage.stage if isinstance(stage, Masked) else stage for stage in self.stages)
+        return any(isinstance(s, FINE) for s in stages) or any(r.needs_gradients for _, r in self.rules)
 
     @property
     def stores_order(self) -> bool:
@@ -322,7 +329,7 @@ def _run(stages: tuple[Stage, ...], problem: Problem) -> Rounded:
         if isinstance(stage, Transform):
             problem, moved = stage(problem), True
         elif isinstance(stage, Best):
-            rest = stages[position + 1 :]
+            rest = tuple(s for s in stages[position + 1 :] if not getattr(s, "couples_columns", False))
             problem, choice = stage.choose(problem, lambda trial, rest=rest: _run(rest, trial))
             moved = True
         elif isinstance(stage, Rounding):

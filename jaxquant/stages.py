@@ -23,6 +23,7 @@ from jaxquant.methods import (
     osaq,
     refit_grid,
     rtn,
+    two_sided_descent,
 )
 from jaxquant.methods.gptq import Groups
 from jaxquant.quant import Grid, working_dtype
@@ -55,7 +56,9 @@ class Rounding(Stage):
 
 
 class Refinement(Stage):
-    """Improves a rounding with respect to `problem.target`."""
+    """Improves a rounding with respect to `problem.target`; `couples_columns`: not each column by itself."""
+
+    couples_columns: ClassVar[bool] = False
 
     def __call__(self, problem: Problem, rounded: Rounded) -> Rounded:
         """The improved rounding."""
@@ -185,7 +188,8 @@ class Best(Stage):
     The results are tried on `columns` columns of the layer with the rest of the chain, and judged against
     `problem.target` on the held-out tokens where there are some: an error on the tokens that the transform
     and the rounding saw over-fits. The rest of the chain then rounds the winner with all tokens. What follows
-    must round columns independently, as all stages here do but a second `Best`.
+    must round columns independently, as all stages here do but a second `Best`; refinements that say that
+    they couple columns are left out of the trial.
     """
 
     candidates: tuple[Transform, ...]
@@ -208,6 +212,7 @@ class Best(Stage):
         # Columns are rounded independently, so all candidates are rounded as one layer, side by side.
         trial = dataclasses.replace(
             problem,
+            outputs=None,
             weight=jnp.concatenate([weight[:, tried] for weight in weights], axis=1),
             target=jnp.tile(target, (1, len(weights))),
         )
@@ -284,6 +289,32 @@ class Refit(Refinement):
     def __str__(self) -> str:
         zeros = ", integer zeros" if self.integer_zero else ""
         return f"refit ({self.passes} x {self.rounds} rounds, {self.sweeps} sweeps{zeros})"
+
+
+@register("fine")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FINE(Refinement):
+    """Integers that keep what gradients meet on their way back; see `methods.fine`."""
+
+    couples_columns: ClassVar[bool] = True
+
+    strength: float = 0.1
+    sweeps: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.strength >= 0 or self.sweeps < 0:
+            raise UsageError(f"{self!r}: strength and sweeps must not be negative; .1 and 3 are usual")
+
+    def __call__(self, problem: Problem, rounded: Rounded) -> Rounded:
+        """See `methods.fine.two_sided_descent`."""
+        if problem.outputs is None:
+            raise UsageError("fine needs gradients: give Problem outputs, or use it in the recipe of a model")
+        return two_sided_descent(
+            problem, rounded, problem.outputs, strength=self.strength, sweeps=self.sweeps
+        )
+
+    def __str__(self) -> str:
+        return f"FINE (strength {self.strength:g}, {self.sweeps} sweeps)"
 
 
 @register("awq")

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from small_model import CONFIG, MemorySource
 
-from jaxquant.calibrate.fisher import fisher_weights
+from jaxquant.calibrate.fisher import fisher_weights, output_moments
 from jaxquant.calibrate.moments import observe
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.io import checkpoint, load_model
-from jaxquant.methods import Problem, layer_error
+from jaxquant.methods import Problem, backward_error, layer_error
 from jaxquant.models.decoder import TAPS, block, embed, forward, init_params
 from jaxquant.named import named
 from jaxquant.pipeline import quantize_model
@@ -29,7 +29,7 @@ from jaxquant.plan import plan
 from jaxquant.quant import Grid, QArray
 from jaxquant.recipe import by_path, chain, masked
 from jaxquant.records import read_rows
-from jaxquant.stages import AWQ, GPTQ, RTN, Best, Keep, MagR
+from jaxquant.stages import AWQ, FINE, GPTQ, RTN, Best, Keep, MagR
 
 GRID = Grid(bits=3, group_size=16, clip="mse")
 RECIPE = named("gptq", GRID)
@@ -136,6 +136,7 @@ def test_reload_is_bit_exact_and_runs(finished, tokens):
     named("awq-gptq", GRID),
     chain(AWQ(objective="block", steps=4), RTN(), grid=GRID),
     chain(GPTQ(), grid=GRID, hessian="fisher", mask="first"),
+    named("osaq-gptq-fine", GRID),
     pytest.param(named("osaq-dagger", GRID), marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_every_option_gives_a_loadable_model(recipe, params, tokens, tmp_path):
@@ -407,3 +408,32 @@ def test_kept_weights_are_checked(params, tokens, tmp_path):
         chain(MagR(), Keep(), grid=GRID)
     with pytest.raises(UsageError, match="only has a meaning in the recipe of a model"):
         recipe(Problem.of(jnp.ones((16, 4)), observe(jnp.ones((2, 16))), GRID))
+
+
+def test_fine_gives_forward_error_for_backward_error(params, tokens, tmp_path):
+    gradients = output_moments(MemorySource(params), tokens)
+    errors = {}
+    for name in ("gptq", "gptq-fine"):
+        summary = quantize_model(MemorySource(params), named(name, GRID), tokens, tmp_path / name)
+        kernel = checkpoint.load_checkpoint(tmp_path / name)[0]["blocks"]["mlp"]["up"]["kernel"]
+        backward = [
+            float(backward_error(values, weight, jnp.asarray(own["mlp.up"])))
+            for values, weight, own in zip(
+                kernel.dequantize(), params["blocks"]["mlp"]["up"]["kernel"], gradients, strict=True
+            )
+        ]
+        errors[name] = summary["mean_error"], np.mean(backward)
+    assert errors["gptq-fine"][1] < 0.9 * errors["gptq"][1]
+    assert errors["gptq-fine"][0] < 1.2 * errors["gptq"][0]
+    with np.load(tmp_path / "gptq-fine" / "output_moments.npz") as stored:
+        np.testing.assert_allclose(stored["mlp.up"][1], gradients[1]["mlp.up"], rtol=1e-5)
+
+
+def test_fine_needs_gradients():
+    problem = Problem.of(jnp.ones((16, 4)), observe(jnp.ones((2, 16))), GRID)
+    with pytest.raises(UsageError, match="fine needs gradients: give Problem outputs"):
+        named("gptq-fine", GRID)(problem)
+    with pytest.raises(UsageError, match="scales outputs after their gradients were collected"):
+        chain(AWQ(), GPTQ(), FINE(), grid=GRID)
+    with pytest.raises(UsageError, match="strength and sweeps must not be negative"):
+        FINE(strength=-1)

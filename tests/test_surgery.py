@@ -25,7 +25,7 @@ from jaxquant.plan import plan
 from jaxquant.quant import ActivationGrid, Grid, QArray
 from jaxquant.recipe import Recipe, by_path, chain, read_toml, to_toml
 from jaxquant.records import read_rows
-from jaxquant.stages import AWQ, GPTQ, OSAQ, RTN
+from jaxquant.stages import AWQ, FINE, GPTQ, OSAQ, RTN
 from jaxquant.surgery import OffQ, QuaRot, RotatedSource, SpinQuant, operate
 
 GRID = Grid(bits=4, group_size=16, clip="mse")
@@ -95,6 +95,16 @@ def test_activations_are_pictured_before_and_after(params, tokens, tmp_path):
     sites = read_rows(tmp_path / "rtn")[1]["sites"]
     assert len(sites) == 3 * 4
     assert all(site["before"] == site["after"] and site["error"] == site["error_before"] for site in sites)
+
+
+def test_gradients_are_those_of_the_rotated_float_model(params, tokens, tmp_path):
+    recipe = named("offq-w4a4kv4", GRID)
+    recipe = dataclasses.replace(recipe, hessian="fisher", stages=(*recipe.stages, FINE()))
+    summary = quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q")
+    assert 0 < summary["mean_error"] < summary["mean_error_rtn"]
+    assert (tmp_path / "q" / "token_weights.npz").is_file()
+    with np.load(tmp_path / "q" / "output_moments.npz") as stored:
+        assert stored["mlp.down"].shape == (3, 32, 32)
 
 
 def test_packed_and_dequantized_weights_compute_the_same(params, tokens, tmp_path):
@@ -296,12 +306,6 @@ def test_the_plan_counts_the_untied_head_and_the_rotations_of_keys():
         (
             lambda: chain(RTN(), grid=GRID, precision=Precision(hidden_hadamard=16)),
             "hidden_hadamard comes with a surgery",
-        ),
-        (
-            lambda: chain(
-                RTN(), grid=GRID, hessian="fisher", precision=Precision(keys=ActivationGrid(bits=4))
-            ),
-            "the Fisher Hessian needs gradients",
         ),
         (lambda: OffQ(basis="pca"), "unknown basis 'pca'"),
         (lambda: OffQ(group_size=0), "group_size=0 must be positive"),

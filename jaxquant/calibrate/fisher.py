@@ -1,10 +1,10 @@
-"""Token weights of the row-averaged Fisher matrix: how strongly the loss feels an error at each token."""
+"""What the loss feels at the outputs of linears: weights of tokens, second moments of gradients."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jaxquant.calibrate.collect import batches
 from jaxquant.errors import NonFiniteError
 from jaxquant.evaluate.scoring import head_only, next_token_nll, over_tokens
 from jaxquant.io.source import Source
-from jaxquant.models.config import LINEARS, ModelConfig
+from jaxquant.models.config import LINEARS, ModelConfig, Precision
 from jaxquant.models.decoder import block, embed, rms_norm
 
 TokenWeights = dict[str, np.ndarray]
@@ -51,12 +51,74 @@ def fisher_weights(
     Raises:
       NonFiniteError: a gradient is NaN or infinite; names the block and tap.
     """
-    config = source.config
+    found: list[TokenWeights] = [
+        {tap: np.zeros(tokens.shape, np.float32) for tap, _ in LINEARS}
+        for _ in range(source.config.num_layers)
+    ]
+    for index, part, norms in _walk_back(source, tokens, _norms_by_tap, on_block):
+        for tap, norm in norms.items():
+            found[index][tap][part] = norm
+    for index, weights in enumerate(found):
+        for tap, weight in weights.items():
+            mean = weight.mean(dtype=np.float64)
+            if not np.isfinite(mean):
+                raise NonFiniteError(
+                    f"blocks.{index}.{tap}: the gradient of the loss is not finite; check the model file, "
+                    "or leave the Hessian at 'input'"
+                )
+            weights[tap] = (weight / mean if mean > 0 else np.ones_like(weight)).astype(np.float32)
+    return found
+
+
+def output_moments(
+    source: Source,
+    tokens: np.ndarray,
+    *,
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, np.ndarray]]:
+    """Second moments of the loss gradients at the outputs of linears: `Ho = sum_t g_t g_t^T`, `g = dL/dy`.
+
+    Of the unquantized model and the summed loss, like `fisher_weights`; `methods.fine` weighs errors on the
+    way back with them. The first token of a window, on which attention heaps what it has no use for, is left
+    out.
+
+    Args:
+      source: the model.
+      tokens: int32 `[samples, seqlen]`.
+      on_block: called with `(blocks done, blocks in total)`, forward and backward counted.
+
+    Returns:
+      For every block, by path (`mlp.down`), float32 `[out, out]`.
+
+    Raises:
+      NonFiniteError: a gradient is NaN or infinite; names the linear.
+    """
+    found: list[dict[str, np.ndarray]] = [{} for _ in range(source.config.num_layers)]
+    for index, _, moments in _walk_back(source, tokens, _second_by_path, on_block):
+        for path, second in moments.items():
+            if not np.all(np.isfinite(second)):
+                raise NonFiniteError(
+                    f"blocks.{index}.{path}: the gradient of the loss is not finite; check the model file"
+                )
+            found[index][path] = found[index].get(path, 0) + np.asarray(second)
+    return found
+
+
+#: Maps gradients `[B, T, out]` at the outputs of the linears of a block, by path, to what is kept of them.
+_Reduce = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
+
+
+def _walk_back(
+    source: Source, tokens: np.ndarray, reduce: _Reduce, on_block: Callable[[int, int], None]
+) -> Iterator[tuple[int, slice, dict[str, jax.Array]]]:
+    """`(block, samples, reduced gradients)` of every block and batch, from the last block to the first.
+
+    What the model quantizes while it runs is left as it is.
+    """
+    plain = Precision(hidden_hadamard=source.config.precision.hidden_hadamard)
+    config = dataclasses.replace(source.config, precision=plain)
     outer = jax.tree.map(jnp.asarray, source.outer())
     parts = list(batches(tokens))
-    found: list[TokenWeights] = [
-        {tap: np.zeros(tokens.shape, np.float32) for tap, _ in LINEARS} for _ in range(config.num_layers)
-    ]
     total = 2 * config.num_layers * len(parts)
     for number, part in enumerate(parts):
         done = 2 * config.num_layers * number
@@ -68,22 +130,25 @@ def fisher_weights(
             on_block(done := done + 1, total)
         cotangent = _loss_gradient(outer, config, x, jnp.asarray(tokens[part]))
         for index in reversed(range(config.num_layers)):
-            norms, cotangent = _pull_back(
-                source.block(index), config, inputs.pop(), cotangent, sliding=config.slides(index)
+            reduced, cotangent = _pull_back(
+                source.block(index), config, inputs.pop(), cotangent, reduce, sliding=config.slides(index)
             )
-            for tap, norm in norms.items():
-                found[index][tap][part] = norm
+            yield index, part, reduced
             on_block(done := done + 1, total)
-    for index, weights in enumerate(found):
-        for tap, weight in weights.items():
-            mean = weight.mean(dtype=np.float64)
-            if not np.isfinite(mean):
-                raise NonFiniteError(
-                    f"blocks.{index}.{tap}: the gradient of the loss is not finite; check the model file, "
-                    "or leave the Hessian at 'input'"
-                )
-            weights[tap] = (weight / mean if mean > 0 else np.ones_like(weight)).astype(np.float32)
-    return found
+
+
+def _norms_by_tap(gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Squared norms `[B, T]`, summed over the linears that read a tap."""
+    squared = {path: jnp.sum(jnp.square(g), axis=-1) for path, g in gradients.items()}
+    return {tap: functools.reduce(jnp.add, (squared[path] for path in paths)) for tap, paths in LINEARS}
+
+
+def _second_by_path(gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def second(g: jax.Array) -> jax.Array:
+        rows = g[:, 1:].reshape(-1, g.shape[-1])
+        return jnp.matmul(rows.T, rows, precision="highest")
+
+    return {path: second(g) for path, g in gradients.items()}
 
 
 @jax.tree_util.register_dataclass
@@ -103,11 +168,17 @@ def _forward(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool) -
     return block(params, config, x, sliding=sliding)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sliding"))
+@functools.partial(jax.jit, static_argnames=("config", "reduce", "sliding"))
 def _pull_back(
-    params: Any, config: ModelConfig, x: jax.Array, cotangent: jax.Array, *, sliding: bool
+    params: Any,
+    config: ModelConfig,
+    x: jax.Array | np.ndarray,
+    cotangent: jax.Array,
+    reduce: _Reduce,
+    *,
+    sliding: bool,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Squared gradient norms `[B, T]` by tap, and the gradient at the block's input."""
+    """The reduced gradients, and the gradient at the block's input."""
     paths = [path.split(".") for _, paths in LINEARS for path in paths]
 
     def run(x: jax.Array, shifts: dict[str, jax.Array]) -> jax.Array:
@@ -123,9 +194,7 @@ def _pull_back(
     }
     _, pull = jax.vjp(run, x, shifts)
     at_input, at_outputs = pull(cotangent)
-    squared = {path: jnp.sum(jnp.square(g.astype(jnp.float32)), axis=-1) for path, g in at_outputs.items()}
-    by_tap = {tap: sum((squared[path] for path in paths), jnp.zeros(x.shape[:2])) for tap, paths in LINEARS}
-    return by_tap, at_input
+    return reduce({path: g.astype(jnp.float32) for path, g in at_outputs.items()}), at_input
 
 
 @functools.partial(jax.jit, static_argnames="config")

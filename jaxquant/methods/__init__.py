@@ -2,6 +2,7 @@
 
 from jaxquant.methods.awq import awq, awq_scale
 from jaxquant.methods.coordinate import coordinate_descent
+from jaxquant.methods.fine import backward_error, two_sided_descent
 from jaxquant.methods.gptq import gptq
 from jaxquant.methods.magr import linf_prox, magr
 from jaxquant.methods.offq import offq
@@ -20,6 +21,7 @@ __all__ = [
     "Stats",
     "awq",
     "awq_scale",
+    "backward_error",
     "better_columns",
     "cayley_step",
     "coordinate_descent",
@@ -40,4 +42,5 @@ __all__ = [
     "rtn",
     "softmax_infinity",
     "spin",
+    "two_sided_descent",
 ]

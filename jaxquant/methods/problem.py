@@ -26,6 +26,8 @@ class Problem:
       moments: of the layer's inputs.
       held_out: moments of other tokens, for choices that would over-fit on `moments`; or `None`.
       grid: static; the grid of the result.
+      outputs: `[..., out, out]`, second moment of the loss gradients at the outputs, for methods that weigh
+        the way back; or `None`.
     """
 
     weight: Float[Array, "*stack in out"]
@@ -33,6 +35,7 @@ class Problem:
     moments: Moments
     held_out: Moments | None
     grid: Grid = dataclasses.field(metadata={"static": True})
+    outputs: Float[Array, "*stack out out"] | None = None
 
     def in_order(
         self, order: Int[Array, " in"] | None
@@ -53,6 +56,9 @@ class Problem:
         grid: Grid,
         *,
         held_out: Moments | None = None,
+        outputs: Float[Array, "*stack out out"] | None = None,
     ) -> Problem:
         """The problem of an untouched layer."""
-        return cls(weight=weight, target=weight, moments=moments, held_out=held_out, grid=grid)
+        return cls(
+            weight=weight, target=weight, moments=moments, held_out=held_out, grid=grid, outputs=outputs
+        )

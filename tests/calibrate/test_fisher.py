@@ -12,11 +12,12 @@ import pytest
 from small_model import CONFIG, MemorySource
 
 from jaxquant.calibrate import collect
-from jaxquant.calibrate.fisher import fisher_weights
+from jaxquant.calibrate.fisher import fisher_weights, output_moments
 from jaxquant.errors import NonFiniteError
 from jaxquant.evaluate.perplexity import token_nll
-from jaxquant.models.config import LINEARS
+from jaxquant.models.config import LINEARS, Precision
 from jaxquant.models.decoder import init_params
+from jaxquant.quant import ActivationGrid
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,8 @@ class Bumped:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def squared_gradients(params, config, window):
-    """|dL / dy_t|^2 of every linear, `{path: [L, T]}`, through the whole model at once."""
+def gradients(params, config, window):
+    """dL / dy_t of every linear, `{path: [L, T, out]}`, through the whole model at once."""
 
     def loss(bumps):
         blocks = {**params["blocks"], "attn": dict(params["blocks"]["attn"])}
@@ -54,7 +55,7 @@ def squared_gradients(params, config, window):
         for _, paths in LINEARS
         for path in paths
     }
-    return {path: jnp.sum(gradient**2, axis=-1) for path, gradient in jax.grad(loss)(bumps).items()}
+    return jax.grad(loss)(bumps)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +69,36 @@ def test_weights_are_the_squared_gradients_of_the_loss(fields, tokens, monkeypat
     params = init_params(jax.random.key(0), config)
     found = fisher_weights(MemorySource(params, config), tokens)
     assert len(found) == config.num_layers
-    expected = [squared_gradients(params, config, window) for window in tokens]
+    expected = [gradients(params, config, window) for window in tokens]
     for index, weights in enumerate(found):
         for tap, paths in LINEARS:
             assert weights[tap].shape == tokens.shape
             assert weights[tap].dtype == np.float32
-            plain = np.stack([sum(np.asarray(e[path][index]) for path in paths) for e in expected])
+            plain = np.stack(
+                [sum(np.sum(np.square(e[path][index]), axis=-1) for path in paths) for e in expected]
+            )
             np.testing.assert_allclose(weights[tap], plain / plain.mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_output_moments_are_those_of_the_gradients_of_the_loss(tokens, monkeypatch):
+    monkeypatch.setattr(collect, "BATCH_TOKENS", 24)  # two batches
+    params = init_params(jax.random.key(0), CONFIG)
+    found = output_moments(MemorySource(params), tokens)
+    every = [gradients(params, CONFIG, window) for window in tokens]
+    for index, moments in enumerate(found):
+        assert set(moments) == {path for _, paths in LINEARS for path in paths}
+        for path, moment in moments.items():
+            rows = np.concatenate([np.asarray(e[path][index])[1:] for e in every])
+            assert moment.dtype == np.float32
+            np.testing.assert_allclose(moment, rows.T @ rows, rtol=1e-3, atol=1e-5 * np.trace(moment))
+
+
+def test_what_is_quantized_at_run_time_does_not_touch_gradients(tokens):
+    params = init_params(jax.random.key(0), CONFIG)
+    quantized = dataclasses.replace(CONFIG, precision=Precision(keys=ActivationGrid(bits=2)))
+    for measure in (fisher_weights, output_moments):
+        ours, theirs = (measure(MemorySource(params, c), tokens) for c in (quantized, CONFIG))
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_the_last_token_weighs_nothing_behind_its_keys_and_values(tokens):
@@ -97,3 +121,5 @@ def test_gradients_that_are_not_finite_are_an_error(tokens):
     params = {**params, "norm": params["norm"].at[3].set(jnp.nan)}
     with pytest.raises(NonFiniteError, match=r"blocks\.0\.attn_in: the gradient of the loss is not finite"):
         fisher_weights(MemorySource(params), tokens)
+    with pytest.raises(NonFiniteError, match=r"blocks\.2\..*: the gradient of the loss is not finite"):
+        output_moments(MemorySource(params), tokens)
