@@ -8,6 +8,7 @@ import hashlib
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,13 @@ class Bench:
         """Whether there is a row with `key`."""
         return any(all(row.get(k) == v for k, v in key.items()) for row in self.rows)
 
-    def run(self, key: dict, recipe: Recipe, tokens: Any) -> None:
-        """Quantizes and adds the row of `recipe`, unless a row with `key` is there."""
+    def run(
+        self, key: dict, recipe: Recipe, tokens: Any, also: Callable[[Any, Any], dict] = lambda *_: {}
+    ) -> None:
+        """Quantizes and adds the row of `recipe`, unless a row with `key` is there.
+
+        `also` finds more facts, given the quantized model's parameters and config.
+        """
         if self.has(key):
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +86,7 @@ class Bench:
             "layers_above_rtn": sum(row["error"] > row["error_rtn"] for row in rows),
             "choices": collections.Counter(row["choice"] for row in rows if "choice" in row),
         }
-        self.add(key, params, config, facts)
+        self.add(key, params, config, {**facts, **also(params, config)})
 
     def add(self, key: dict, params: Any, config: Any, facts: dict) -> None:
         """Evaluates a model and adds its row, with `facts`."""
