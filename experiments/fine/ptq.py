@@ -2,10 +2,10 @@
 
     python experiments/fine/ptq.py --data DIR [--bits 3 2] [--seeds 0 1 2] [--methods NAME ...]
 
-DIR as for experiments/osaq/table.py, whose pipeline, grids and windows these are. Besides perplexity every row
-has the mean forward error of the linears (on their inputs behind quantized blocks), their mean backward error
-(by the gradients of the original model), KL from the original on the WikiText-2 windows, and the ratio and
-cosine of input gradients against the original on 16 windows of 256 tokens. Rows are added to
+DIR as for experiments/osaq/table.py, whose pipeline, grids and windows these are. Besides perplexity every
+row has the mean forward error of the linears (on their inputs behind quantized blocks), their mean backward
+error (by the gradients of the original model), KL from the original on the WikiText-2 windows, and the ratio
+and cosine of input gradients against the original on 16 windows of 256 tokens. Rows are added to
 results/ptq.json one by one; those already there are kept. results/ptq.md is made from the JSON.
 """
 
@@ -105,9 +105,9 @@ def write(bench: Bench) -> None:
                 smooth = [mean([row[k] for row in own]) for k in ("kl", "gradient_ratio", "gradient_cosine")]
                 lines.append([str(bits), method, *cells, forward, back, *smooth, str(len(own))])
     bench.write_table(
-        "Asymmetric grids, groups of 64, clip search, GPTQ with act-order and static groups; FINE with strength "
-        ".1 and 3 sweeps, CD with 4 sweeps. Errors are means over linears; KL from the original on WikiText-2; "
-        "input gradients against the original's.",
+        "Asymmetric grids, groups of 64, clip search, GPTQ with act-order and static groups; FINE with "
+        "strength .1 and 3 sweeps, CD with 4 sweeps. Errors are means over linears; KL from the original on "
+        "WikiText-2; input gradients against the original's.",
         ["bits", "method", "WikiText-2", "C4", "forward error", "backward error", "KL", "gradient ratio",
          "gradient cosine", "seeds"],
         lines,
