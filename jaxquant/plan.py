@@ -83,10 +83,16 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
     solves = solving * sum(n * n * m * 4 + n**3 for n, m in shapes.values())
     passes = (1 + len(LINEARS)) if recipe.true_sequential else 2
     products = passes * 2 * tokens * weights + 2 * tokens * sum(n * n for n in taps)
-    if recipe.hessian == "fisher":
+    walks = (recipe.hessian == "fisher") + recipe.needs_gradients
+    if walks:
         # Forward, forward again inside the backward pass, and that; the inputs of all blocks of a batch.
-        products += 4 * 2 * tokens * weights
+        products += walks * 4 * 2 * tokens * weights
         peak += 4 * layers * batch * config.hidden_size
+    if recipe.needs_gradients:
+        # Moments of the gradients at all outputs, and a copy on their way to the disk.
+        outputs = sum(m * m for _, m in shapes.values())
+        products += 2 * tokens * outputs
+        peak += 2 * 4 * layers * outputs
     # The solve is a chain of small steps and runs at about a tenth of the speed of large products.
     seconds = layers * (products + 10 * solves) / _flops_per_second() + 20 + 0.3 * layers
     return Plan(

@@ -369,6 +369,9 @@ def test_the_plan_scales_with_the_work():
     assert large.output_bytes > small.output_bytes
     fisher = plan(CONFIG, dataclasses.replace(RECIPE, hessian="fisher"), samples=4, seqlen=16)
     assert fisher.peak_bytes == small.peak_bytes + 4 * 3 * 64 * 32  # the inputs of three blocks
+    fine = plan(CONFIG, named("gptq-fine", GRID), samples=4, seqlen=16)
+    outputs = sum(CONFIG.linear_shape(path)[1] ** 2 for path in checkpoint.PATHS)
+    assert fine.peak_bytes == fisher.peak_bytes + 2 * 4 * 3 * outputs
 
 
 def test_packed_bytes_are_those_that_the_grids_promise(finished):
