@@ -104,6 +104,8 @@ class Recipe:
             raise UsageError(
                 f"{self.folds[0]} scales inputs after they were collected, quantized; leave precision out"
             )
+        if self.folds and any(recipe.keeps for _, recipe in self.rules):
+            raise UsageError(f"{self.folds[0]} scales whole blocks, kept linears too; leave one out")
         if self.folds and self.needs_gradients:
             raise UsageError(
                 f"{self.folds[0]} scales outputs after their gradients were collected; leave one out"

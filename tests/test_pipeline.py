@@ -409,6 +409,8 @@ def test_kept_weights_are_checked(params, tokens, tmp_path):
         quantize_model(MemorySource(broken), recipe, tokens, tmp_path / "q")
     with pytest.raises(UsageError, match="weights that are kept are not transformed"):
         chain(MagR(), Keep(), grid=GRID)
+    with pytest.raises(UsageError, match="scales whole blocks, kept linears too"):
+        by_path({"down": chain(Keep(), grid=GRID)}, chain(AWQ(), RTN(), grid=GRID))
     with pytest.raises(UsageError, match="only has a meaning in the recipe of a model"):
         recipe(Problem.of(jnp.ones((16, 4)), observe(jnp.ones((2, 16))), GRID))
 

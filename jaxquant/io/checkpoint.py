@@ -160,8 +160,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     stacked = jax.tree.map(lambda leaf: np.empty((done, *leaf.shape), leaf.dtype), first)
     for index in range(done):
         block = load_block(folder, index)[0] if index else first
-        if jax.tree.structure(block) != jax.tree.structure(first):
-            raise InputError(f"{folder}: blocks differ in grid or layout and cannot be stacked")
+        same = [[leaf.dtype for leaf in jax.tree.leaves(tree)] for tree in (block, first)]
+        if jax.tree.structure(block) != jax.tree.structure(first) or same[0] != same[1]:
+            raise InputError(f"{folder}: blocks differ in grid, layout or dtype and cannot be stacked")
         jax.tree.map(functools.partial(_put, index), stacked, block)
     return {**outer, "blocks": jax.tree.map(jnp.asarray, stacked)}, config
 

@@ -181,9 +181,9 @@ def rotate(
             _add_key_rotation(blocks["attn"], rotations)
         if rotations.hidden_block:
             _edit(blocks, "mlp.down", lambda kernel: _turn_blocks(kernel, rotations.hidden_block))
-            # A mark, so that the forward pass refuses a config that leaves R4 out.
-            layers = len(blocks["attn_norm"])
-            blocks["mlp"]["hidden_hadamard"] = np.full(layers, rotations.hidden_block, np.int32)
+            # A mark whose length is the order, so that the forward pass refuses a config with another.
+            mark = np.zeros((len(blocks["attn_norm"]), rotations.hidden_block), np.int8)
+            blocks["mlp"]["hidden_hadamard"] = mark
         rotated["blocks"] = blocks
     if "norm" in params:
         _check_folded("norm", params["norm"], config)

@@ -144,7 +144,7 @@ def forward(
 
     Raises:
       InputError: more tokens than the cache can hold, or an unknown tap.
-      UsageError: `methods.rotate` changed the parameters, and the config is that of the model before.
+      UsageError: the parameters carry a rotation of the inputs of `down` that the config does not name.
     """
     unknown = set(taps) - set(TAPS + CACHE_TAPS)
     if unknown:
@@ -251,10 +251,12 @@ def _block(
     batch, length = x.shape[:2]
 
     precision = config.precision
-    if "hidden_hadamard" in mlp and not precision.hidden_hadamard:
+    order = mlp["hidden_hadamard"].shape[-1] if "hidden_hadamard" in mlp else precision.hidden_hadamard
+    if order != precision.hidden_hadamard:
         raise UsageError(
-            "these parameters are rotated, and this config leaves the rotation of the inputs of down out; "
-            "take both from load_checkpoint, or the config that rotate returned"
+            f"these parameters are rotated by Hadamard matrices of order {order} at the inputs "
+            f"of down, this config has {precision.hidden_hadamard or 'none'}; take both from "
+            "load_checkpoint, or the config that rotate returned"
         )
     attn_in = _quantize(rms_norm(x, block_params["attn_norm"], config), precision.attn_in, attn["q"])
     q, k, v = (_linear(attn[name], attn_in).reshape(batch, length, -1, config.head_dim) for name in "qkv")

@@ -37,7 +37,8 @@ class ActivationGrid:
       clip: share of the range that is kept, in (0, 1]; .9 to 1 is usual.
       range: of asymmetric grids.
       scale_dtype: what scale and lo are rounded to before anything is quantized with them: `"float32"`, or
-        `"float16"`, half as large in a cache, for values below 65504 whose range is above .1 % of the offset.
+        `"float16"`, half as large in a cache, for groups of values below 65504 whose range is above 1 % of
+        their offset and above 1e-4.
     """
 
     bits: int = 4
@@ -87,22 +88,24 @@ class ActivationGrid:
     ) -> tuple[Float[Array, "*tokens groups"], Float[Array, "*tokens groups"]]:
         """`(scale, lo)` in float32 (float64 for such an x), rounded to a float16 `scale_dtype`.
 
-        In a constant group `lo` is the constant.
+        In a constant group the scale is 0 and `lo` the constant. NaN and infinity stay.
         """
         grouped = self._grouped(x)
         top = 2**self.bits - 1
         low, high = jnp.min(grouped, axis=-1), jnp.max(grouped, axis=-1)
         if self.symmetric:
             scale = self._storable(self.clip * jnp.maximum(-low, high) / (2 ** (self.bits - 1) - 1))
-            scale = jnp.where(scale > 0, scale, 1)
-            return scale, -scale * 2 ** (self.bits - 1)
+            return scale, self.symmetric_lo(scale)
         if self.range == "zero":
             low, high = self.clip * jnp.minimum(low, 0), self.clip * jnp.maximum(high, 0)
         else:
             middle, half = (low + high) / 2, self.clip * (high - low) / 2
             low, high = middle - half, middle + half
-        scale = self._storable((high - low) / top)
-        return jnp.where(scale > 0, scale, 1), self._storable(low)
+        return self._storable((high - low) / top), self._storable(low)
+
+    def symmetric_lo(self, scale: Float[Array, "*tokens groups"]) -> Float[Array, "*tokens groups"]:
+        """`lo` of a symmetric grid."""
+        return -scale * 2 ** (self.bits - 1)
 
     def quantize(
         self,
@@ -111,7 +114,7 @@ class ActivationGrid:
         lo: Float[Array, "*tokens groups"],
     ) -> UInt8[Array, "*tokens n"]:
         """The integers, 0 to `2^bits - 1`."""
-        codes = jnp.round((self._grouped(x) - lo[..., None]) / scale[..., None])
+        codes = jnp.round(self._places(x, scale, lo))
         return jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8).reshape(x.shape)
 
     def dequantize(
@@ -122,7 +125,8 @@ class ActivationGrid:
         dtype: Any = jnp.float32,
     ) -> Float[Array, "*tokens n"]:
         """`lo + scale q`, computed in the dtype of the scale."""
-        grouped = codes.reshape(*codes.shape[:-1], scale.shape[-1], -1).astype(scale.dtype)
+        groups, channels = scale.shape[-1], codes.shape[-1]
+        grouped = codes.reshape(*codes.shape[:-1], groups, channels // groups).astype(scale.dtype)
         return (lo[..., None] + scale[..., None] * grouped).reshape(codes.shape).astype(dtype)
 
     def fake_quantize(self, x: Float[Array, "*tokens n"]) -> Float[Array, "*tokens n"]:
@@ -141,20 +145,28 @@ class ActivationGrid:
         return f"{self.bits} bits {size} {kind}{clip}"
 
     def _relaxed(self, x: Array, codes: Array, scale: Array, lo: Array) -> Array:
-        """The values again, with the errors of rounding as constants."""
-        place = (self._grouped(x) - lo[..., None]) / scale[..., None]
-        inside = jnp.clip(place, 0, 2**self.bits - 1)
-        error = lax.stop_gradient(codes.reshape(place.shape).astype(place.dtype) - inside)
-        return (lo[..., None] + scale[..., None] * (inside + error)).reshape(x.shape).astype(x.dtype)
+        """The values again, with the errors of rounding as constants; without a quotient to differentiate."""
+        top = 2**self.bits - 1
+        place = lax.stop_gradient(self._places(x, scale, lo))
+        error = codes.reshape(place.shape).astype(place.dtype) - jnp.clip(place, 0, top)
+        low, step = lo[..., None], scale[..., None]
+        inside = jnp.where(place > top, low + step * top, self._grouped(x) + step * error)
+        return jnp.where(place < 0, low, inside).reshape(x.shape).astype(x.dtype)
+
+    def _places(self, x: Array, scale: Array, lo: Array) -> Array:
+        return (self._grouped(x) - lo[..., None]) / jnp.where(scale == 0, 1, scale)[..., None]
 
     def _storable(self, a: Array) -> Array:
         if self.scale_dtype == "float32":
             return a
         largest = jnp.finfo(jnp.float16).max.astype(a.dtype)
-        return jnp.clip(a, -largest, largest).astype(jnp.float16).astype(a.dtype)
+        finite = jnp.where(jnp.isfinite(a), jnp.clip(a, -largest, largest), a)
+        # A cast would round the gradient, too.
+        return straight_through(a, finite.astype(jnp.float16).astype(a.dtype))
 
     def _grouped(self, x: Array) -> Array:
-        return x.astype(working_dtype(x.dtype)).reshape(*x.shape[:-1], self.groups(x.shape[-1]), -1)
+        groups = self.groups(x.shape[-1])
+        return x.astype(working_dtype(x.dtype)).reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
 
 
 @jax.tree_util.register_dataclass

@@ -43,7 +43,7 @@ class GradientComparison:
     @property
     def log_ratio(self) -> float:
         """`log(ratio)`: 0 where nothing changed, of equal size for twice and for half the gradient."""
-        return math.log(self.ratio)
+        return math.log(self.ratio) if self.ratio > 0 else -math.inf
 
 
 def gradient_comparison(
@@ -87,11 +87,19 @@ def gradient_comparison(
 
 
 def compare_gradients(gradients: np.ndarray, reference: np.ndarray) -> GradientComparison:
-    """Ratio of the norms of two gradients `[n, T, d]`, and the cosines between them."""
+    """Ratio of the norms of two gradients `[n, T, d]`, and the cosines between them.
+
+    Raises:
+      UsageError: the reference has no gradient.
+    """
     gradients, reference = (np.asarray(g, np.float64) for g in (gradients, reference))
     norms, others = (np.linalg.norm(g, axis=(1, 2)) for g in (gradients, reference))
+    if not others.any():
+        raise UsageError(
+            "the reference's gradient is 0 everywhere; compare models that depend on their input"
+        )
     ratio = norms.mean() / others.mean()
-    spread = _stderr(norms - ratio * others) / others.mean()
+    spread = float(_stderr(norms - ratio * others) / others.mean())
     cosines = np.sum(gradients * reference, axis=(1, 2)) / np.maximum(norms * others, 1e-300)
     sizes = np.linalg.norm(gradients, axis=2) * np.linalg.norm(reference, axis=2)
     # The last token of a sequence has no target behind it, and no gradient.
@@ -118,6 +126,11 @@ def _turn_between(embedding: jax.Array, other: jax.Array) -> np.ndarray:
         raise UsageError(
             f"the models' embeddings are {list(b.shape)} and {list(a.shape)}; compare equal ones"
         )
+    if np.array_equal(a, b):
+        return np.eye(a.shape[1])
+    spread = np.linalg.svd(a.T @ b, compute_uv=False)
+    if not spread[-1] > 1e-7 * spread[0]:
+        raise UsageError("the embeddings span too few directions to find the basis of one in the other")
     turn = nearest_orthogonal(a.T @ b)
     apart = np.linalg.norm(a @ turn - b) / np.linalg.norm(b)
     if not apart < 0.1:

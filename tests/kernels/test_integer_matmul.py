@@ -119,6 +119,16 @@ def test_without_a_gradient_only_integers_are_multiplied():
     assert [line.split("[")[0].split()[-1] for line in products].count("f32") <= 1  # scales and offsets
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-6, 1e-3, 7.0, -3e4])
+@pytest.mark.parametrize("size", [None, 48, 64])
+def test_constant_tokens_are_exact(value, size):
+    rng = np.random.default_rng(1)
+    w = quantize(jnp.asarray(rng.standard_normal((192, 8)), jnp.float32), Grid(bits=4, group_size=64))
+    x, grid = jnp.full((1, 192), value, jnp.float32), ActivationGrid(bits=8, group_size=size)
+    expected = value * np.asarray(w.dequantize(), np.float64).sum(0)
+    np.testing.assert_allclose((QActivation.of(x, grid) @ w)[0], expected, rtol=1e-5, atol=1e-5 * abs(value))
+
+
 def test_an_order_of_inputs_falls_back_to_values():
     rng = np.random.default_rng(0)
     codes = jnp.asarray(rng.integers(0, 16, (64, 8)), jnp.uint8)

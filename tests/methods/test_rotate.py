@@ -116,7 +116,7 @@ def test_half_precision_weights_keep_their_dtype():
     params, config, _ = model("llama2")
     half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
     rotated, _ = rotate(*fold_norms(half, config), draw(config))
-    assert rotated["blocks"]["mlp"].pop("hidden_hadamard").dtype == jnp.int32
+    assert rotated["blocks"]["mlp"].pop("hidden_hadamard").shape == (3, 48)
     for name in ("key_rotation", "key_shift"):
         assert rotated["blocks"]["attn"].pop(name).dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(rotated)} == {jnp.dtype(jnp.bfloat16)}
@@ -136,8 +136,14 @@ def test_rotated_parameters_refuse_the_config_of_before():
     params, config, tokens = model("llama3")
     rotated, turned = rotate(*fold_norms(params, config), draw(config))
     assert turned.precision.hidden_hadamard == 48
-    with pytest.raises(UsageError, match=r"these parameters are rotated, .*; take both from load_checkpoint"):
-        forward(rotated, dataclasses.replace(config, tie_embeddings=False), tokens)
+    untied = dataclasses.replace(config, tie_embeddings=False)
+    for order, shown in ((0, "none"), (16, "16")):
+        other = dataclasses.replace(untied, precision=Precision(hidden_hadamard=order))
+        message = (
+            f"of order 48 at the inputs of down, this config has {shown}; take both from load_checkpoint"
+        )
+        with pytest.raises(UsageError, match=message):
+            forward(rotated, other, tokens)
 
 
 def test_impossible_rotations():

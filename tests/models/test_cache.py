@@ -43,6 +43,15 @@ def test_packed_heads_are_the_fake_quantized_ones(bits, dtype):
     np.testing.assert_array_equal(packed.dequantize(dtype), jax.jit(grid.fake_quantize)(heads))
 
 
+def test_symmetric_heads_keep_large_values():
+    grid = ActivationGrid(bits=4, symmetric=True, scale_dtype="float16")
+    heads = jnp.asarray([[[[6e4, -6e4, 1.0, 0.0]]]], jnp.float32)
+    packed = PackedHeads.of(heads, grid)
+    assert packed.lo is None
+    np.testing.assert_array_equal(packed.dequantize("float32"), grid.fake_quantize(heads))
+    assert float(packed.dequantize("float32").max()) > 5e4
+
+
 def test_bytes_at_2048_tokens():
     plain, packed = (init_cache(c, 1, 2048).nbytes for c in (SMOLLM2, with_heads(SMOLLM2, HEADS)))
     assert plain == 2 * 30 * 2048 * 3 * 64 * 2

@@ -158,6 +158,37 @@ def test_gradients_pass_through_the_rounding_but_feel_the_range(grid):
         np.testing.assert_allclose(value, np.sum(reference(x, grid) * weight), rtol=1e-9)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
+def test_nan_and_infinity_are_not_hidden(symmetric, scale_dtype):
+    grid = ActivationGrid(bits=4, symmetric=symmetric, scale_dtype=scale_dtype)
+    for bad in (np.nan, np.inf, -np.inf):
+        values = grid.fake_quantize(jnp.asarray([[1.0, 2.0, -3.0, bad]], jnp.float32))
+        assert not bool(jnp.all(jnp.isfinite(values)))
+
+
+@pytest.mark.parametrize("factor", [1e-7, 1e4])
+def test_gradients_are_not_rounded_with_the_scales(factor):
+    x, weight = (jnp.asarray(tokens(4, 16, seed=seed), jnp.float32) for seed in (0, 1))
+    half = ActivationGrid(bits=4, clip=0.9, scale_dtype="float16")
+    gradient = jax.grad(lambda x, f: f * jnp.sum(weight * half.fake_quantize(x)))
+    np.testing.assert_allclose(
+        gradient(x, jnp.float32(factor)) / factor, gradient(x, jnp.float32(1)), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gradients_of_tiny_ranges_are_finite(symmetric):
+    x = jnp.asarray(np.append(tokens(1, 8), np.ones((1, 8)), axis=0) * 1e-30, jnp.float32)
+    grid = ActivationGrid(bits=4, symmetric=symmetric)
+    gradient = jax.grad(lambda x: jnp.sum(grid.fake_quantize(x)))(x)
+    assert bool(jnp.all(jnp.isfinite(gradient)))
+
+
+def test_no_tokens_give_no_codes():
+    assert QActivation.of(jnp.zeros((0, 32)), GRIDS[1]).codes.shape == (0, 32)
+
+
 def test_a_wider_range_is_felt():
     """The gradient of the squared error by the value that sets the range points inwards."""
     x = np.append(np.linspace(-1, 1, 63), 8.0).astype(np.float32)[None]

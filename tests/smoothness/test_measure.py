@@ -93,3 +93,19 @@ def test_bad_input(model, windows):
     broken = {**params, "norm": params["norm"].at[0].set(jnp.nan)}
     with pytest.raises(NonFiniteError, match="gradient of window 0 is not finite"):
         gradient_comparison((broken, dataclasses.replace(config)), model, windows)
+
+
+def test_gradients_that_vanish():
+    one = np.ones((2, 3, 4))
+    assert compare_gradients(0 * one, one).log_ratio == -np.inf
+    with pytest.raises(UsageError, match="the reference's gradient is 0 everywhere"):
+        compare_gradients(one, 0 * one)
+
+
+def test_embeddings_of_too_few_directions(model, windows):
+    params, config = model
+    flat = {**params, "embed": params["embed"].at[:, 3:].set(0)}
+    assert gradient_comparison((flat, config), (flat, config), windows).cosine == pytest.approx(1, abs=1e-6)
+    moved = {**flat, "embed": flat["embed"] * 1.001}
+    with pytest.raises(UsageError, match="span too few directions"):
+        gradient_comparison((moved, config), (flat, config), windows)
