@@ -47,6 +47,13 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs hold memory maps, of which Linux gives a process 65530; all files need more."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with WikiText-2 and stories260K; set JAXQUANT_SHARED_DATA to point elsewhere."""
