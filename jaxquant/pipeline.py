@@ -101,8 +101,10 @@ def quantize_model(
     if finished:
         on_event({"event": "resume", "block": finished, "blocks": config.num_layers})
 
-    weights = _token_weights(source, recipe, tokens, folder, on_event)
-    outputs = _output_moments(source, recipe, tokens, folder, on_event)
+    gradient = functools.partial(_by_gradient, source, tokens, on_event)
+    fisher = recipe.hessian == "fisher"
+    weights = gradient(fisher_weights, folder / "token_weights.npz") if fisher else None
+    outputs = gradient(output_moments, folder / "output_moments.npz") if recipe.needs_gradients else None
     rows: list[Event] = []
     for index in range(config.num_layers):
         if index < finished:
@@ -110,8 +112,16 @@ def quantize_model(
             params = jax.tree.map(jnp.asarray, params)
         else:
             begun = time.monotonic()
-            own = None if weights is None else weights[index], None if outputs is None else outputs[index]
-            params, record = _quantize_block(source, index, config, recipe, hidden, *own, on_event)
+            params, record = _quantize_block(
+                source,
+                index,
+                config,
+                recipe,
+                hidden,
+                None if weights is None else weights[index],
+                None if outputs is None else outputs[index],
+                on_event,
+            )
             record["seconds"] = time.monotonic() - begun
             params = _storable(params)
             checkpoint.save_block(folder, index, params, record)
@@ -216,30 +226,12 @@ def _propagate(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool)
     return y.astype(jnp.float32)
 
 
-def _token_weights(
-    source: Source, recipe: Recipe, tokens: np.ndarray, folder: Path, on_event: Callable[[Event], None]
-) -> list[TokenWeights] | None:
-    """Fisher weights of the calibration tokens, if the recipe asks for them."""
-    if recipe.hessian != "fisher":
-        return None
-    return _by_gradient(fisher_weights, source, tokens, folder / "token_weights.npz", on_event)
-
-
-def _output_moments(
-    source: Source, recipe: Recipe, tokens: np.ndarray, folder: Path, on_event: Callable[[Event], None]
-) -> list[dict[str, np.ndarray]] | None:
-    """Moments of the gradients at the outputs of linears, if the recipe asks for them."""
-    if not recipe.needs_gradients:
-        return None
-    return _by_gradient(output_moments, source, tokens, folder / "output_moments.npz", on_event)
-
-
 def _by_gradient(
-    measure: Callable[..., list[dict[str, np.ndarray]]],
     source: Source,
     tokens: np.ndarray,
-    path: Path,
     on_event: Callable[[Event], None],
+    measure: Callable[..., list[dict[str, np.ndarray]]],
+    path: Path,
 ) -> list[dict[str, np.ndarray]]:
     """What `measure` finds in every block, kept at `path` so that a resumed run finds the same."""
     if not path.is_file():
@@ -267,7 +259,7 @@ def _quantize_block(
     outputs: dict[str, np.ndarray] | None,
     on_event: Callable[[Event], None],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One block's parameters with packed kernels, and the record (rows, histograms) that goes with them."""
+    """One block's parameters with packed kernels, and the record (rows, pictures) that goes with them."""
     sliding = config.slides(index)
     original = params = jax.tree.map(jnp.asarray, source.block(index))
     record: dict[str, Any] = {"rows": [], "histograms": []}
@@ -309,11 +301,12 @@ def _quantize_block(
                 record["rows"].append(records.kept_row(kernel, index, path))
                 on_event({"event": "row", **record["rows"][-1]})
                 continue
+            judged = holds_out and own.holds_out
             problem = Problem.of(
                 kernel,
-                seen[tap] if holds_out and own.holds_out else moments[tap],
+                seen[tap] if judged else moments[tap],
                 own.grid,
-                held_out=held_out[tap] if holds_out and own.holds_out else None,
+                held_out=held_out[tap] if judged else None,
                 outputs=None if outputs is None else jnp.asarray(outputs[path]),
             )
             packed, row = _quantize_linear(problem, own, index, path)

@@ -12,9 +12,7 @@ both ways. Recipes with names are in `named`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -23,10 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.calibrate.moments import Mask
-from jaxquant.errors import InputError, UsageError
+from jaxquant.errors import UsageError
 from jaxquant.methods import Problem, Rounded, layer_error
 from jaxquant.models.config import EXACT, ModelConfig, Precision
-from jaxquant.options import build
+from jaxquant.options import build, read_table, table_text
 from jaxquant.quant import Grid
 from jaxquant.stages import (
     FINE,
@@ -260,15 +258,7 @@ class Recipe:
 
 def to_toml(recipe: Recipe) -> str:
     """`recipe` as the text of a file that `read_toml` reads and people edit."""
-
-    def value(v: Any) -> str:
-        if isinstance(v, Mapping):
-            return "{ " + ", ".join(f"{k} = {value(x)}" for k, x in v.items() if x is not None) + " }"
-        if isinstance(v, (list, tuple)):
-            return "[" + "".join(f"\n  {value(x)}," for x in v) + ("\n]" if v else "]")
-        return json.dumps(v)
-
-    return "".join(f"{key} = {value(entry)}\n" for key, entry in recipe.to_dict().items())
+    return table_text(recipe.to_dict())
 
 
 def read_toml(path: Path) -> Recipe:
@@ -278,13 +268,7 @@ def read_toml(path: Path) -> Recipe:
       InputError: the file is missing or no TOML.
       UsageError: unknown stages or options.
     """
-    try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; give the name of a recipe or a .toml file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no TOML file: {error}") from None
-    return Recipe.from_dict(fields)
+    return Recipe.from_dict(read_table(path, missing="give the name of a recipe or a .toml file"))
 
 
 def chain(
@@ -331,7 +315,9 @@ def _run(stages: tuple[Stage, ...], problem: Problem) -> Rounded:
         if isinstance(stage, Transform):
             problem, moved = stage(problem), True
         elif isinstance(stage, Best):
-            rest = tuple(s for s in stages[position + 1 :] if not getattr(s, "couples_columns", False))
+            rest = tuple(
+                s for s in stages[position + 1 :] if not (isinstance(s, Refinement) and s.couples_columns)
+            )
             problem, choice = stage.choose(problem, lambda trial, rest=rest: _run(rest, trial))
             moved = True
         elif isinstance(stage, Rounding):

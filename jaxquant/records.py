@@ -31,7 +31,7 @@ def read_rows(folder: Path) -> tuple[list[Event], dict[str, list[Event]]]:
 
 
 def kept_row(kernel: jax.Array, index: int, path: str) -> Event:
-    """The row of a linear that stays in floating point: nothing is lost."""
+    """The row of a linear that stays in floating point; what storing it in 16 bits loses is not counted."""
     module = f"blocks.{index}.{path}"
     if not bool(jnp.all(jnp.isfinite(kernel))):
         raise NonFiniteError(f"{module}: NaN or infinity in its weight; check the model file")

@@ -70,8 +70,7 @@ def main() -> None:
 
 def blocks_of(source: RotatedSource, tokens: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
     """Every block of the float model, and what enters it."""
-    plain = Precision(hidden_hadamard=source.config.precision.hidden_hadamard)
-    config = dataclasses.replace(source.config, precision=plain)
+    config = source.config.in_floats()
     hidden = embed_all(source.outer(), config, tokens)
     for index in range(config.num_layers):
         params = jax.tree.map(jnp.asarray, source.block(index))

@@ -15,7 +15,7 @@ from jaxquant.calibrate.collect import batches
 from jaxquant.errors import NonFiniteError
 from jaxquant.evaluate.scoring import head_only, next_token_nll, over_tokens
 from jaxquant.io.source import Source
-from jaxquant.models.config import LINEARS, ModelConfig, Precision
+from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.models.decoder import block, embed, rms_norm
 
 TokenWeights = dict[str, np.ndarray]
@@ -111,12 +111,8 @@ _Reduce = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
 def _walk_back(
     source: Source, tokens: np.ndarray, reduce: _Reduce, on_block: Callable[[int, int], None]
 ) -> Iterator[tuple[int, slice, dict[str, jax.Array]]]:
-    """`(block, samples, reduced gradients)` of every block and batch, from the last block to the first.
-
-    What the model quantizes while it runs is left as it is.
-    """
-    plain = Precision(hidden_hadamard=source.config.precision.hidden_hadamard)
-    config = dataclasses.replace(source.config, precision=plain)
+    """`(block, samples, reduced gradients)` of every block and batch, from the last block to the first."""
+    config = source.config.in_floats()
     outer = jax.tree.map(jnp.asarray, source.outer())
     parts = list(batches(tokens))
     total = 2 * config.num_layers * len(parts)

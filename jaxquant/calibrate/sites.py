@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.models.config import ModelConfig, Precision
-from jaxquant.models.decoder import block
+from jaxquant.models.decoder import CACHE_TAPS, block
 from jaxquant.quant import ActivationGrid
 
 
@@ -46,28 +46,20 @@ def block_sites(
       precision: the grids.
       sliding: whether the block's attention is windowed.
     """
-    plain = Precision(hidden_hadamard=config.precision.hidden_hadamard)
-    config = dataclasses.replace(config, precision=plain)
-    sites = _measure(params, config, jnp.asarray(x), precision, sliding=sliding)
-    return {name: sites[name] for name in _grids(precision)}
+    sites = _measure(params, config.in_floats(), jnp.asarray(x), precision, sliding=sliding)
+    return {name: sites[name] for name in precision.grids}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "precision", "sliding"))
 def _measure(
     params: Any, config: ModelConfig, x: jax.Array, precision: Precision, *, sliding: bool
 ) -> dict[str, Site]:
-    grids = _grids(precision)
+    grids = precision.grids
     _, _, taps = block(params, config, x.astype(config.dtype), sliding=sliding, taps=tuple(grids))
-    return {name: _site(taps[name], grid, _channels(name, config)) for name, grid in grids.items()}
-
-
-def _grids(precision: Precision) -> dict[str, ActivationGrid]:
-    fields = {field.name: getattr(precision, field.name) for field in dataclasses.fields(precision)}
-    return {name: grid for name, grid in fields.items() if isinstance(grid, ActivationGrid)}
-
-
-def _channels(tap: str, config: ModelConfig) -> int | None:
-    return config.head_dim if tap in ("keys", "values") else None
+    return {
+        name: _site(taps[name], grid, config.head_dim if name in CACHE_TAPS else None)
+        for name, grid in grids.items()
+    }
 
 
 def _site(tap: jax.Array, grid: ActivationGrid, head_dim: int | None) -> Site:

@@ -160,8 +160,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     stacked = jax.tree.map(lambda leaf: np.empty((done, *leaf.shape), leaf.dtype), first)
     for index in range(done):
         block = load_block(folder, index)[0] if index else first
-        same = [[leaf.dtype for leaf in jax.tree.leaves(tree)] for tree in (block, first)]
-        if jax.tree.structure(block) != jax.tree.structure(first) or same[0] != same[1]:
+        if _layout(block) != _layout(first):
             raise InputError(f"{folder}: blocks differ in grid, layout or dtype and cannot be stacked")
         jax.tree.map(functools.partial(_put, index), stacked, block)
     return {**outer, "blocks": jax.tree.map(jnp.asarray, stacked)}, config
@@ -175,6 +174,10 @@ def disk_bytes(folder: Path) -> int:
 
 def _block_folder(folder: Path, index: int) -> Path:
     return folder / "blocks" / f"{index:03d}"
+
+
+def _layout(tree: Any) -> tuple[Any, list[np.dtype]]:
+    return jax.tree.structure(tree), [leaf.dtype for leaf in jax.tree.leaves(tree)]
 
 
 def _put(index: int, target: np.ndarray, leaf: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """Numerics that the methods share."""
 
 from jaxquant.linalg.cg import conjugate_gradients
+from jaxquant.linalg.dense import product, rows_from
 from jaxquant.linalg.hadamard import (
     base_order,
     hadamard,
@@ -35,8 +36,10 @@ __all__ = [
     "hadamard_transform",
     "hard_null_space",
     "intersect",
+    "product",
     "random_hadamard",
     "random_orthogonal",
+    "rows_from",
     "soft_from_factor",
     "soft_null_space",
     "subspace_stability",

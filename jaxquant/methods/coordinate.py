@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxquant.errors import UsageError
+from jaxquant.linalg import product, rows_from
 from jaxquant.methods.problem import Problem
 from jaxquant.methods.rounded import Rounded, layer_error
 
@@ -66,27 +67,27 @@ def coordinate_descent(problem: Problem, rounded: Rounded, *, sweeps: int = 4) -
 
     def visit_block(state: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
         values, codes = state
-        rows_of_block = _slice(second, start, block)
-        inside = _slice(rows_of_block, start, block, axis=1)
-        gradient = _product(rows_of_block, target - values)
+        rows_of_block = rows_from(second, start, block)
+        inside = rows_from(rows_of_block, start, block, axis=1)
+        gradient = product(rows_of_block, target - values)
 
         def visit_strip(changes: Array, offset: Array) -> tuple[Array, tuple[Array, Array]]:
-            rows_of_strip = _slice(inside, offset, _STRIP)
-            within = _slice(rows_of_strip, offset, _STRIP, axis=1)
-            strip_gradient = _slice(gradient, offset, _STRIP) - _product(rows_of_strip, changes)
+            rows_of_strip = rows_from(inside, offset, _STRIP)
+            within = rows_from(rows_of_strip, offset, _STRIP, axis=1)
+            strip_gradient = rows_from(gradient, offset, _STRIP) - product(rows_of_strip, changes)
 
             def visit_row(strip_changes: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
                 k = start + offset + i
-                g = _slice(group, k, 1)[0]
-                scale = _slice(rounded.scale, g, 1)
-                zero = None if rounded.zero is None else _slice(rounded.zero, g, 1)
-                old = _slice(values, k, 1)
-                slope = _slice(strip_gradient, i, 1) - _product(_slice(within, i, 1), strip_changes)
-                best = old + _slice(inverse, k, 1)[:, None] * slope
+                g = rows_from(group, k, 1)[0]
+                scale = rows_from(rounded.scale, g, 1)
+                zero = None if rounded.zero is None else rows_from(rounded.zero, g, 1)
+                old = rows_from(values, k, 1)
+                slope = rows_from(strip_gradient, i, 1) - product(rows_from(within, i, 1), strip_changes)
+                best = old + rows_from(inverse, k, 1)[:, None] * slope
                 code = one_group.quantize(best, scale, zero)
                 value = one_group.dequantize(code, scale, zero, dtype)
                 nearer = jnp.abs(value - best) < jnp.abs(old - best)
-                value, code = jnp.where(nearer, value, old), jnp.where(nearer, code, _slice(codes, k, 1))
+                value, code = jnp.where(nearer, value, old), jnp.where(nearer, code, rows_from(codes, k, 1))
                 changes = jax.lax.dynamic_update_slice_in_dim(strip_changes, value - old, i, axis=0)
                 return changes, (value[0], code[0])
 
@@ -110,11 +111,3 @@ def coordinate_descent(problem: Problem, rounded: Rounded, *, sweeps: int = 4) -
     values, codes = (a[:rows] for a in jax.lax.fori_loop(0, sweeps, sweep, state))
     stats = dataclasses.replace(rounded.stats, error=layer_error(values, w, h))
     return dataclasses.replace(rounded, codes=codes, stats=stats)
-
-
-def _slice(a: Array, start: Array, size: int, axis: int = 0) -> Array:
-    return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
-
-
-def _product(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision="highest")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.errors import UsageError
+from jaxquant.linalg import product, rows_from
 from jaxquant.methods.problem import Problem
 from jaxquant.methods.rounded import Rounded, layer_error, relative_energy
 
@@ -82,27 +83,27 @@ def two_sided_descent(
     zero = None if rounded.zero is None else jnp.pad(rounded.zero, ((0, 0), (0, column_pad)))
     blocked = outer.reshape(-1, _CHANNELS, columns + column_pad)
     places = jnp.arange(0, columns + column_pad, _CHANNELS)
-    bound = jax.vmap(lambda b, at: jnp.sum(jnp.abs(_cut(b, at, _CHANNELS, 1)), axis=1))(blocked, places)
+    bound = jax.vmap(lambda b, at: jnp.sum(jnp.abs(rows_from(b, at, _CHANNELS, 1)), axis=1))(blocked, places)
     one_group = dataclasses.replace(grid, group_size=None)
 
     def visit_row(pull: Array, j: Array, old: Array, code: Array) -> tuple[Array, Array]:
         """New values and codes of row j, `pull` being `-G_j`."""
-        own = [None if a is None else _cut(a, group[j], 1, 0) for a in (scale, zero)]
+        own = [None if a is None else rows_from(a, group[j], 1, 0) for a in (scale, zero)]
         alive = diagonal[j] > 0
 
         def visit_channels(pull: Array, block: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
             at, coupling, curvature = block
-            mine, mine_code = (_cut(a, at, _CHANNELS, 0)[None] for a in (old, code))
-            s, z = (None if a is None else _cut(a, at, _CHANNELS, 1) for a in own)
+            mine, mine_code = (rows_from(a, at, _CHANNELS, 0)[None] for a in (old, code))
+            s, z = (None if a is None else rows_from(a, at, _CHANNELS, 1) for a in own)
             assert s is not None
             total = diagonal[j] + curvature
-            step = jnp.where(alive, _cut(pull, at, _CHANNELS, 0) / jnp.where(total > 0, total, 1), 0)
+            step = jnp.where(alive, rows_from(pull, at, _CHANNELS, 0) / jnp.where(total > 0, total, 1), 0)
             best = mine + step[None]
             found = one_group.quantize(best, s, z)
             value = one_group.dequantize(found, s, z, dtype)
             nearer = alive & (jnp.abs(value - best) < jnp.abs(mine - best))
             value, found = jnp.where(nearer, value, mine), jnp.where(nearer, found, mine_code)
-            pull = pull - _product((value - mine)[0], coupling)
+            pull = pull - product((value - mine)[0], coupling)
             return pull, (value[0], found[0])
 
         _, (values, codes) = jax.lax.scan(visit_channels, pull, (places, blocked, bound))
@@ -111,12 +112,12 @@ def two_sided_descent(
     def visit_rows(state: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
         values, codes = state
         apart = values - target
-        near = _cut(inner, start, _ROWS, 0)
-        pulls = -_product(near, apart) - _product(_cut(apart, start, _ROWS, 0), outer)
-        within = _cut(near, start, _ROWS, 1)
+        near = rows_from(inner, start, _ROWS, 0)
+        pulls = -product(near, apart) - product(rows_from(apart, start, _ROWS, 0), outer)
+        within = rows_from(near, start, _ROWS, 1)
 
         def visit(changes: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
-            pull = pulls[i] - _product(within[i], changes)
+            pull = pulls[i] - product(within[i], changes)
             old = values[start + i]
             new, code = visit_row(pull, start + i, old, codes[start + i])
             return changes.at[i].set(new - old), (new, code)
@@ -142,18 +143,10 @@ def backward_error(
     values: Float[Array, "in out"], weight: Float[Array, "in out"], outputs: Float[Array, "out out"]
 ) -> Float[Array, ""]:
     """`tr(D Ho D^T) / tr(W Ho W^T)`, `D = values - weight`: the share of gradient energy that goes astray."""
-    energies = [jnp.sum(a * _product(a, outputs)) for a in (values - weight, weight)]
+    energies = [jnp.sum(a * product(a, outputs)) for a in (values - weight, weight)]
     return relative_energy(energies[0], energies[1])
 
 
 def _unit_mean(h: Array) -> Array:
     mean = jnp.mean(jnp.diagonal(h))
     return h / jnp.where(mean > 0, mean, 1)
-
-
-def _cut(a: Array, start: Array, size: int, axis: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
-
-
-def _product(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision="highest")

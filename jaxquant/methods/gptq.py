@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxquant.calibrate.moments import Moments
 from jaxquant.errors import UsageError
-from jaxquant.linalg import damped_factor
+from jaxquant.linalg import damped_factor, rows_from
 from jaxquant.methods.rounded import Rounded, Stats, output_energy, relative_energy
 from jaxquant.quant import Grid, working_dtype
 
@@ -108,12 +108,14 @@ def gptq(
     one_group = dataclasses.replace(grid, group_size=None)
 
     def round_block(errors: Array, start: Array) -> tuple[Array, tuple[Array, Array, Array | None]]:
-        columns_of_block = _slice(upper, start, block, axis=1) / _slice(pivots, start, block)[None, :]
-        inside = _slice(columns_of_block, start, block)
-        target = jnp.where(_slice(live, start, block)[:, None], w[_slice(input_of_row, start, block)], 0)
+        columns_of_block = rows_from(upper, start, block, axis=1) / rows_from(pivots, start, block)[None, :]
+        inside = rows_from(columns_of_block, start, block)
+        target = jnp.where(
+            rows_from(live, start, block)[:, None], w[rows_from(input_of_row, start, block)], 0
+        )
 
         def add_block(i: Array, received: Array) -> Array:
-            above, earlier = (_slice(a, i * block, block) for a in (columns_of_block, errors))
+            above, earlier = (rows_from(a, i * block, block) for a in (columns_of_block, errors))
             return received + _feed(above, earlier)
 
         received = jax.lax.fori_loop(0, start // block, add_block, jnp.zeros_like(target))
@@ -127,19 +129,19 @@ def gptq(
             block_scale, block_zero = scale, zero
 
         def round_strip(block_errors: Array, offset: Array) -> tuple[Array, Array]:
-            columns_of_strip = _slice(inside, offset, strip, axis=1)
-            factor_strip = _slice(columns_of_strip, offset, strip)
-            weights = _slice(target, offset, strip)
-            updated = weights + _slice(received, offset, strip) + _feed(columns_of_strip, block_errors)
+            columns_of_strip = rows_from(inside, offset, strip, axis=1)
+            factor_strip = rows_from(columns_of_strip, offset, strip)
+            weights = rows_from(target, offset, strip)
+            updated = weights + rows_from(received, offset, strip) + _feed(columns_of_strip, block_errors)
 
             def round_row(strip_errors: Array, k: Array) -> tuple[Array, Array]:
-                row = _slice(updated, k, 1) + _feed(_slice(factor_strip, k, 1, axis=1), strip_errors)
-                g = _slice(group, start + offset + k, 1)[0]
-                row_scale = _slice(block_scale, g, 1)
-                row_zero = None if block_zero is None else _slice(block_zero, g, 1)
+                row = rows_from(updated, k, 1) + _feed(rows_from(factor_strip, k, 1, axis=1), strip_errors)
+                g = rows_from(group, start + offset + k, 1)[0]
+                row_scale = rows_from(block_scale, g, 1)
+                row_zero = None if block_zero is None else rows_from(block_zero, g, 1)
                 code = one_group.quantize(row, row_scale, row_zero)
                 value = one_group.dequantize(code, row_scale, row_zero, dtype)
-                error = _slice(weights, k, 1) - value
+                error = rows_from(weights, k, 1) - value
                 return jax.lax.dynamic_update_slice_in_dim(strip_errors, error, k, axis=0), code[0]
 
             strip_errors, codes = jax.lax.scan(round_row, jnp.zeros_like(weights), jnp.arange(strip))
@@ -176,10 +178,6 @@ def gptq(
         stats=stats,
         grid=grid,
     )
-
-
-def _slice(a: Array, start: Array, size: int, axis: int = 0) -> Array:
-    return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
 
 
 def _feed(factor: Array, errors: Array) -> Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxquant.linalg import conjugate_gradients
+from jaxquant.linalg import conjugate_gradients, product
 from jaxquant.methods.problem import Problem
 from jaxquant.methods.rounded import Rounded, layer_error, output_energy, relative_energy
 
@@ -53,7 +53,7 @@ def refit_grid(problem: Problem, rounded: Rounded, *, integer_zero: bool = False
     scale = rounded.scale.astype(dtype)
     zero = jnp.full_like(scale, grid.constant_zero) if rounded.zero is None else rounded.zero.astype(dtype)
     steps = rounded.codes.astype(dtype) - jnp.repeat(zero, length, axis=0)
-    gradient = _product(h, w - steps * jnp.repeat(scale, length, axis=0))
+    gradient = product(h, w - steps * jnp.repeat(scale, length, axis=0))
 
     def solve(part: tuple[Array, Array]) -> Array:
         """The change of the unknowns `[unknowns, columns]` for some columns of `steps` and `gradient`."""
@@ -67,7 +67,7 @@ def refit_grid(problem: Problem, rounded: Rounded, *, integer_zero: bool = False
         def couple(start: Array) -> Array:
             h_of_group = jax.lax.dynamic_slice_in_dim(h, start, length, axis=1)
             parts = [jax.lax.dynamic_slice_in_dim(b, start, length, axis=0) for b in bases]
-            return jnp.stack([by_group(_product(h_of_group, part)) for part in parts])
+            return jnp.stack([by_group(product(h_of_group, part)) for part in parts])
 
         systems = jax.lax.map(couple, jnp.arange(0, rows, length))
         systems = systems.transpose(3, 1, 0, 2).reshape(-1, unknowns, unknowns)
@@ -130,8 +130,4 @@ def better_columns(problem: Problem, a: Rounded, b: Rounded) -> Rounded:
 
 def _column_energies(d: Array, h: Array) -> Array:
     """`d_i^T H d_i` of every column."""
-    return jnp.sum(d * _product(h, d), axis=0)
-
-
-def _product(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision="highest")
+    return jnp.sum(d * product(h, d), axis=0)

@@ -69,6 +69,12 @@ class Precision:
         sites = {tap: activations for tap, _ in LINEARS}
         return cls(**sites, keys=cache, values=cache)  # pyright: ignore[reportArgumentType]
 
+    @property
+    def grids(self) -> dict[str, ActivationGrid]:
+        """The places that are quantized, in the order of the fields."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: grid for name, grid in fields.items() if isinstance(grid, ActivationGrid)}
+
     def check(self, config: ModelConfig) -> None:
         """That the groups divide the channels of the model.
 
@@ -76,17 +82,13 @@ class Precision:
           UsageError: they do not, somewhere; names the place.
         """
         widths = {tap: config.linear_shape(paths[0])[0] for tap, paths in LINEARS}
-        for name, width in {**widths, "keys": config.head_dim, "values": config.head_dim}.items():
-            grid: ActivationGrid | None = getattr(self, name)
-            if grid is not None:
-                grid.groups(width, where=name)
+        for name, grid in self.grids.items():
+            grid.groups(widths.get(name, config.head_dim), where=name)
 
     def __str__(self) -> str:
-        grids = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         named: dict[str, list[str]] = {}
-        for name, grid in grids.items():
-            if isinstance(grid, ActivationGrid):
-                named.setdefault(str(grid), []).append(name)
+        for name, grid in self.grids.items():
+            named.setdefault(str(grid), []).append(name)
         return "; ".join(f"{' '.join(names)}: {grid}" for grid, names in named.items())
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,6 +185,10 @@ class ModelConfig:
             "attn.q": (d, heads), "attn.k": (d, kv), "attn.v": (d, kv), "attn.o": (heads, d),
             "mlp.gate": (d, f), "mlp.up": (d, f), "mlp.down": (f, d),
         }[path]  # fmt: skip
+
+    def in_floats(self) -> ModelConfig:
+        """The same model, nothing quantized while it runs; what a rotation left to run time stays."""
+        return dataclasses.replace(self, precision=Precision(hidden_hadamard=self.precision.hidden_hadamard))
 
     def slides(self, layer: int) -> bool:
         """Whether the attention of block `layer` is windowed."""

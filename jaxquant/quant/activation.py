@@ -132,9 +132,9 @@ class ActivationGrid:
     def fake_quantize(self, x: Float[Array, "*tokens n"]) -> Float[Array, "*tokens n"]:
         """x as it is after quantization, in its own dtype.
 
-        Gradients pass straight through the rounding, not through the range: of a value inside it `x' = x +
-        scale e` with the error `e = q - (x - lo) / scale` held constant, so a range that is too wide is felt;
-        of a clipped one `x'` is an end of the range.
+        Only the rounding is passed straight through. A value inside the range has the gradient of `x' = x +
+        scale e` with the error `e = q - (x - lo) / scale` held constant, so that a range that is too wide is
+        felt; a clipped one that of the end of the range.
         """
         return QActivation.of(x, self).values
 

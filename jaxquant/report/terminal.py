@@ -75,7 +75,8 @@ def print_inspection(result: dict[str, Any]) -> None:
     bits = "no" if result["effective_bits"] is None else f"{result['effective_bits']:.3f}"
     print(f"{result['model']}: {result['recipe']}")
     print(
-        f"{len(result['modules'])} quantized linears, {bits} effective bits, "
+        f"{sum(row['bits'] < 16 for row in result['modules'])} quantized linears of "
+        f"{len(result['modules'])}, {bits} effective bits, "
         f"{result['bytes'] / 1e6:.2f} MB packed, {result['disk_bytes'] / 1e6:.2f} MB with embeddings, norms"
     )
     print(f"{result['state']}: {result['blocks']} of {result['blocks_total']} blocks")

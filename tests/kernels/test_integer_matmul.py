@@ -116,7 +116,9 @@ def test_without_a_gradient_only_integers_are_multiplied():
     product = jax.jit(lambda x, w: QActivation.of(x, ActivationGrid(bits=4, group_size=32)) @ w)
     text = product.lower(x, w).compile().as_text()
     products = [line for line in text.splitlines() if " dot(" in line]
-    assert [line.split("[")[0].split()[-1] for line in products].count("f32") <= 1  # scales and offsets
+    dtypes = [line.split("[")[0].split()[-1] for line in products]
+    assert dtypes.count("s32") == 1
+    assert dtypes.count("f32") <= 1  # scales and offsets
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-6, 1e-3, 7.0, -3e4])
