@@ -9,7 +9,7 @@ from collections.abc import Callable
 from jaxquant.errors import UsageError
 from jaxquant.models.config import Precision
 from jaxquant.quant import ActivationGrid, Grid
-from jaxquant.recipe import Recipe, chain
+from jaxquant.recipe import Recipe, chain, masked
 from jaxquant.stages import AWQ, FINE, GPTQ, OSAQ, RTN, Best, CoordinateDescent, Keep, MagR, Refit, Stage
 from jaxquant.surgery import OffQ, QuaRot, SpinQuant
 
@@ -18,6 +18,11 @@ def _osaq(bits: int) -> Best:
     """Each bit divides the rounding error by about 4, and the price of output energy goes with it."""
     eta = {1: 100.0, 2: 300.0, 3: 1e3}.get(bits, 3e3)
     return Best((OSAQ(eta=eta),))
+
+
+def _fine() -> Stage:
+    """Where gradients have few directions, so that their moments are known well: at queries and keys."""
+    return masked(FINE(), r"attn\.[qk]$")
 
 
 #: How the names of recipes that quantize activations and caches are made.
@@ -31,14 +36,14 @@ NAMES: dict[str, Callable[[GPTQ, int], tuple[Stage, ...]]] = {
     "gptq": lambda gptq, bits: (gptq,),
     "gptq-refit": lambda gptq, bits: (gptq, Refit()),
     "gptq-cd": lambda gptq, bits: (gptq, CoordinateDescent()),
-    "gptq-fine": lambda gptq, bits: (gptq, FINE()),
+    "gptq-fine": lambda gptq, bits: (gptq, CoordinateDescent(), _fine()),
     "awq-rtn": lambda gptq, bits: (AWQ(), RTN()),
     "awq-gptq": lambda gptq, bits: (AWQ(), gptq),
     "magr-rtn": lambda gptq, bits: (MagR(), RTN()),
     "magr-gptq": lambda gptq, bits: (MagR(), gptq),
     "osaq-rtn": lambda gptq, bits: (_osaq(bits), RTN()),
     "osaq-gptq": lambda gptq, bits: (_osaq(bits), gptq),
-    "osaq-gptq-fine": lambda gptq, bits: (_osaq(bits), gptq, FINE()),
+    "osaq-gptq-fine": lambda gptq, bits: (_osaq(bits), gptq, CoordinateDescent(), _fine()),
     "osaq-dagger": lambda gptq, bits: (_osaq(bits), gptq, CoordinateDescent()),
     "osaq-refit": lambda gptq, bits: (_osaq(bits), gptq, Refit()),
     "osaq-awq": lambda gptq, bits: (AWQ(), _osaq(bits), RTN()),

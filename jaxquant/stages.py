@@ -19,6 +19,7 @@ from jaxquant.methods import (
     coordinate_descent,
     gptq,
     layer_error,
+    loss_descent,
     magr,
     osaq,
     refit_grid,
@@ -294,27 +295,40 @@ class Refit(Refinement):
 @register("fine")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FINE(Refinement):
-    """Integers that keep what gradients meet on their way back; see `methods.fine`."""
+    """Integers that keep what the loss feels of a layer, or what gradients meet on their way back.
+
+    Attributes:
+      objective: `"loss"`, `methods.fine.loss_descent`; or `"backward"`, `methods.fine.two_sided_descent`.
+      strength: price of that beside the forward error; `None` is 4 for the loss and .1 for the way back.
+      sweeps: passes over a layer.
+    """
 
     couples_columns: ClassVar[bool] = True
 
-    strength: float = 0.1
+    objective: Literal["loss", "backward"] = "loss"
+    strength: float | None = None
     sweeps: int = 3
 
     def __post_init__(self) -> None:
-        if not self.strength >= 0 or self.sweeps < 0:
-            raise UsageError(f"{self!r}: strength and sweeps must not be negative; .1 and 3 are usual")
+        if self.objective not in ("loss", "backward"):
+            raise UsageError(f"unknown objective {self.objective!r}; use loss or backward")
+        if not self._strength >= 0 or self.sweeps < 0:
+            raise UsageError(f"{self!r}: strength and sweeps must not be negative; 3 sweeps are usual")
+
+    @property
+    def _strength(self) -> float:
+        usual = 4.0 if self.objective == "loss" else 0.1
+        return usual if self.strength is None else self.strength
 
     def __call__(self, problem: Problem, rounded: Rounded) -> Rounded:
-        """See `methods.fine.two_sided_descent`."""
+        """See `methods.fine`."""
         if problem.outputs is None:
             raise UsageError("fine needs gradients: give Problem outputs, or use it in the recipe of a model")
-        return two_sided_descent(
-            problem, rounded, problem.outputs, strength=self.strength, sweeps=self.sweeps
-        )
+        descend = loss_descent if self.objective == "loss" else two_sided_descent
+        return descend(problem, rounded, problem.outputs, strength=self._strength, sweeps=self.sweeps)
 
     def __str__(self) -> str:
-        return f"FINE (strength {self.strength:g}, {self.sweeps} sweeps)"
+        return f"FINE ({self.objective}, strength {self._strength:g}, {self.sweeps} sweeps)"
 
 
 @register("awq")

@@ -418,8 +418,9 @@ def test_kept_weights_are_checked(params, tokens, tmp_path):
 def test_fine_gives_forward_error_for_backward_error(params, tokens, tmp_path):
     gradients = output_moments(MemorySource(params), tokens)
     errors = {}
-    for name in ("gptq", "gptq-fine"):
-        summary = quantize_model(MemorySource(params), named(name, GRID), tokens, tmp_path / name)
+    recipes = {"gptq": named("gptq", GRID), "fine": chain(GPTQ(), FINE(objective="backward"), grid=GRID)}
+    for name, recipe in recipes.items():
+        summary = quantize_model(MemorySource(params), recipe, tokens, tmp_path / name)
         kernel = checkpoint.load_checkpoint(tmp_path / name)[0]["blocks"]["mlp"]["up"]["kernel"]
         backward = [
             float(backward_error(values, weight, jnp.asarray(own["mlp.up"])))
@@ -428,17 +429,19 @@ def test_fine_gives_forward_error_for_backward_error(params, tokens, tmp_path):
             )
         ]
         errors[name] = summary["mean_error"], np.mean(backward)
-    assert errors["gptq-fine"][1] < 0.9 * errors["gptq"][1]
-    assert errors["gptq-fine"][0] < 1.2 * errors["gptq"][0]
-    with np.load(tmp_path / "gptq-fine" / "output_moments.npz") as stored:
+    assert errors["fine"][1] < 0.9 * errors["gptq"][1]
+    assert errors["fine"][0] < 1.2 * errors["gptq"][0]
+    with np.load(tmp_path / "fine" / "output_moments.npz") as stored:
         np.testing.assert_allclose(stored["mlp.up"][1], gradients[1]["mlp.up"], rtol=1e-5)
 
 
 def test_fine_needs_gradients():
     problem = Problem.of(jnp.ones((16, 4)), observe(jnp.ones((2, 16))), GRID)
     with pytest.raises(UsageError, match="fine needs gradients: give Problem outputs"):
-        named("gptq-fine", GRID)(problem)
+        named("gptq-fine", GRID).at("blocks.0.attn.q")(problem)
     with pytest.raises(UsageError, match="scales outputs after their gradients were collected"):
         chain(AWQ(), GPTQ(), FINE(), grid=GRID)
     with pytest.raises(UsageError, match="strength and sweeps must not be negative"):
         FINE(strength=-1)
+    with pytest.raises(UsageError, match="unknown objective 'forward'; use loss or backward"):
+        FINE(objective="forward")  # pyright: ignore[reportArgumentType]

@@ -2,7 +2,7 @@
 
 from jaxquant.methods.awq import awq, awq_scale
 from jaxquant.methods.coordinate import coordinate_descent
-from jaxquant.methods.fine import backward_error, two_sided_descent
+from jaxquant.methods.fine import backward_error, loss_descent, two_sided_descent
 from jaxquant.methods.gptq import gptq
 from jaxquant.methods.magr import linf_prox, magr
 from jaxquant.methods.offq import offq
@@ -29,6 +29,7 @@ __all__ = [
     "gptq",
     "layer_error",
     "linf_prox",
+    "loss_descent",
     "magr",
     "offq",
     "osaq",

@@ -13,7 +13,7 @@ import pytest
 from jaxquant.calibrate.moments import observe
 from jaxquant.errors import UsageError
 from jaxquant.methods import Problem, coordinate_descent, gptq, rtn
-from jaxquant.methods.fine import backward_error, two_sided_descent
+from jaxquant.methods.fine import backward_error, loss_descent, two_sided_descent
 from jaxquant.quant import Grid
 
 
@@ -33,11 +33,15 @@ def layer(n: int, m: int, bits: int, *, seed=0, group_size=None, symmetric=False
     return Problem.of(w, moments, grid), gptq(w, moments, grid), jnp.asarray(g.T @ g)
 
 
-def objective(values, problem, outputs, strength) -> float:
+def objective(values, problem, outputs, strength, descend=two_sided_descent) -> float:
     d = np.asarray(values, np.float64) - np.asarray(problem.target, np.float64)
     inner, outer = (np.asarray(h, np.float64) for h in (problem.moments.second, outputs))
     inner, outer = (h / np.mean(np.diag(h)) for h in (inner, outer))
-    return float(np.trace(d.T @ inner @ d) + strength * np.trace(d @ outer @ d.T))
+    felt = d.T @ inner @ d @ outer if descend is loss_descent else d @ outer @ d.T
+    return float(np.trace(d.T @ inner @ d) + strength * np.trace(felt))
+
+
+both = pytest.mark.parametrize("descend", [two_sided_descent, loss_descent])
 
 
 def values_of(rounded):
@@ -46,13 +50,15 @@ def values_of(rounded):
 
 @pytest.mark.parametrize("shape", [(96, 40), (64, 64), (70, 16)])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_the_objective_falls_with_every_sweep(shape, symmetric):
+@both
+def test_the_objective_falls_with_every_sweep(shape, symmetric, descend):
+    strength = {loss_descent: 4.0, two_sided_descent: 0.1}[descend]
     with jax.enable_x64(True):
         problem, rounded, outputs = layer(*shape, 2, group_size=None, symmetric=symmetric)
-        before = objective(values_of(rounded), problem, outputs, 0.1)
+        before = objective(values_of(rounded), problem, outputs, strength, descend)
         for _ in range(4):
-            rounded = two_sided_descent(problem, rounded, outputs, strength=0.1, sweeps=1)
-            after = objective(values_of(rounded), problem, outputs, 0.1)
+            rounded = descend(problem, rounded, outputs, strength=strength, sweeps=1)
+            after = objective(values_of(rounded), problem, outputs, strength, descend)
             assert after <= before * (1 + 1e-9)
             before = after
 
@@ -78,68 +84,88 @@ def test_a_price_buys_backward_error_with_little_forward_error():
     assert errors[0.0][1] > errors[0.1][1] > errors[1.0][1]
 
 
+def test_the_loss_feels_less_of_an_error_that_knows_the_gradients():
+    with jax.enable_x64(True):
+        problem, start, _ = layer(96, 64, 3)
+        # Few directions, as at queries and keys.
+        g = low_rank_noise(np.random.default_rng(1), 400, 64, 4)
+        outputs = jnp.asarray(g.T @ g)
+        plain = coordinate_descent(problem, start, sweeps=3)
+        felt = [
+            objective(values_of(found), problem, outputs, 1e6, loss_descent)
+            for found in (plain, loss_descent(problem, start, outputs, strength=10.0))
+        ]
+    assert felt[1] < 0.7 * felt[0]
+
+
 @pytest.mark.parametrize("group_size", [None, 32])
-def test_without_a_price_it_is_coordinate_descent(group_size):
+@both
+def test_without_a_price_it_is_coordinate_descent(group_size, descend):
     with jax.enable_x64(True):
         problem, start, outputs = layer(96, 40, 3, group_size=group_size)
-        ours = two_sided_descent(problem, start, outputs, strength=0.0, sweeps=3)
+        ours = descend(problem, start, outputs, strength=0.0, sweeps=3)
         theirs = coordinate_descent(problem, start, sweeps=3)
     np.testing.assert_array_equal(ours.codes, theirs.codes)
     np.testing.assert_allclose(ours.stats.error, theirs.stats.error, rtol=1e-9)
 
 
-def test_it_is_never_below_the_optimum_and_often_there():
+@both
+def test_it_is_never_below_the_optimum_and_often_there(descend):
     reached = 0
     with jax.enable_x64(True):
         for seed in range(12):
             problem, start, outputs = layer(3, 2, 2, seed=seed)
-            found = two_sided_descent(problem, start, outputs, strength=0.3, sweeps=6)
+            found = descend(problem, start, outputs, strength=0.3, sweeps=6)
             grids = start.scale, start.zero, jnp.float64
             every = [
                 problem.grid.dequantize(jnp.asarray(np.reshape(codes, (3, 2)), jnp.uint8), *grids)
                 for codes in itertools.product(range(4), repeat=6)
             ]
-            best = min(objective(values, problem, outputs, 0.3) for values in every)
-            ours = objective(values_of(found), problem, outputs, 0.3)
+            best = min(objective(values, problem, outputs, 0.3, descend) for values in every)
+            ours = objective(values_of(found), problem, outputs, 0.3, descend)
             assert ours >= best * (1 - 1e-9)
             reached += ours <= best * (1 + 1e-9)
     assert reached >= 6
 
 
-def test_no_move_of_one_integer_gains_3_percent():
+@both
+def test_no_move_of_one_integer_gains_3_percent(descend):
     with jax.enable_x64(True):
         problem, start, outputs = layer(16, 16, 2)
         # Blocks bound the curvature from above: single moves may still pay a little.
-        found = two_sided_descent(problem, start, outputs, strength=0.05, sweeps=30)
-        ours = objective(values_of(found), problem, outputs, 0.05)
+        found = descend(problem, start, outputs, strength=0.05, sweeps=30)
+        ours = objective(values_of(found), problem, outputs, 0.05, descend)
         codes, best = np.asarray(found.codes), ours
         for place in np.ndindex(*codes.shape):
             for code in range(4):
                 moved = codes.copy()
                 moved[place] = code
                 values = problem.grid.dequantize(jnp.asarray(moved), found.scale, found.zero, jnp.float64)
-                best = min(best, objective(values, problem, outputs, 0.05))
+                best = min(best, objective(values, problem, outputs, 0.05, descend))
     assert best >= 0.97 * ours
 
 
-def test_float32_stacks_order_and_dead_inputs():
+@both
+def test_float32_stacks_order_and_dead_inputs(descend):
     problem, start, outputs = layer(96, 40, 3, group_size=32)
     problem, start, outputs = jax.tree.map(
         lambda a: a.astype(jnp.float32) if a.dtype == jnp.float64 else a, (problem, start, outputs)
     )
-    alone = two_sided_descent(problem, start, outputs)
+    alone = descend(problem, start, outputs)
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), (problem, start, outputs))
-    both = jax.vmap(two_sided_descent)(*stacked)
-    np.testing.assert_array_equal(both.codes[1], alone.codes)
+    pair = jax.vmap(descend)(*stacked)
+    np.testing.assert_array_equal(pair.codes[1], alone.codes)
     second = problem.moments.second.at[5].set(0).at[:, 5].set(0)
     dead = dataclasses.replace(problem, moments=dataclasses.replace(problem.moments, second=second))
     rounded = rtn(dead.weight, dead.moments, dead.grid)
-    np.testing.assert_array_equal(two_sided_descent(dead, rounded, outputs).codes[5], rounded.codes[5])
+    np.testing.assert_array_equal(descend(dead, rounded, outputs).codes[5], rounded.codes[5])
     ordered = gptq(problem.weight, problem.moments, problem.grid, act_order=True, groups="dynamic")
-    found = two_sided_descent(problem, ordered, outputs)
+    found = descend(problem, ordered, outputs, strength=0.1)
     assert float(found.stats.error) < float(ordered.stats.error) * 1.5
-    before, after = (backward_error(r.pack().dequantize(), problem.target, outputs) for r in (ordered, found))
-    assert float(after) < float(before)
+    before, after = (
+        objective(r.pack().dequantize(), problem, outputs, 0.1, descend) for r in (ordered, found)
+    )
+    assert after < before
 
 
 def test_backward_error_is_the_share_of_gradient_energy():
@@ -151,7 +177,8 @@ def test_backward_error_is_the_share_of_gradient_energy():
 
 
 @pytest.mark.parametrize("options", [{"strength": -0.1}, {"sweeps": -1}])
-def test_impossible_options(options):
+@both
+def test_impossible_options(options, descend):
     problem, start, outputs = layer(16, 16, 2)
     with pytest.raises(UsageError, match="must not be negative"):
-        two_sided_descent(problem, start, outputs, **options)
+        descend(problem, start, outputs, **options)
