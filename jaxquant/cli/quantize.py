@@ -1,12 +1,10 @@
-"""The command line: parses, calls the library, prints. Heavy imports happen inside the commands."""
+"""`quantize`, `inspect`, `demo`."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,56 +12,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxquant.errors import JaxquantError, UsageError
+from jaxquant.cli.options import (
+    BitsOption,
+    GroupSizeOption,
+    JsonOption,
+    ModelArgument,
+    print_json,
+    print_line,
+    refuse_flags,
+)
 
 if TYPE_CHECKING:
     from jaxquant.recipe import Recipe
     from jaxquant.report import ProgressTable
 
-INTERRUPTED = 130
-
-app = typer.Typer(
-    name="jaxquant",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="""Low-bit quantization of language models in JAX.
-
-    [bold]First steps[/bold]
-
-      jaxquant demo                 the tour on SmolLM2-135M, a few minutes
-      jaxquant demo --model tiny    the same in seconds, offline
-      jaxquant quantize smollm2-135m --bits 3 --out q3
-      jaxquant evaluate q3 --against smollm2-135m
-      jaxquant generate q3 --prompt "The sea was"
-
-    MODEL is a known name (smollm2-135m, tiny), a Hugging Face directory,
-    a .gguf file, a hub id, or, to evaluate and generate, a folder that
-    quantize wrote.
-
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (resumable).""",
-)
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Known name, directory, .gguf or hub id.")
-]
-QuantizedArgument = Annotated[
-    str, typer.Argument(metavar="MODEL_OR_DIR", help="A model, or a folder written by quantize.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
-BitsOption = Annotated[int, typer.Option("--bits", help="Bits per weight, 1 to 8.")]
-GroupSizeOption = Annotated[
-    int, typer.Option("--group-size", help="Inputs that share a scale; 0: one scale per output column.")
-]
-
-
 _GRID_FLAGS = ("bits", "group_size", "symmetric", "clip_search")
 _GPTQ_FLAGS = ("act_order", "groups", "percdamp")
 
 
-@app.command()
 def quantize(
     context: typer.Context,
     model: ModelArgument,
@@ -124,11 +90,13 @@ def quantize(
     from jaxquant.stages import GPTQ
 
     if recipe.endswith(".toml"):
-        _refuse(context, (*_GRID_FLAGS, *_GPTQ_FLAGS, "convention", "true_sequential"), f"--recipe {recipe}")
+        refuse_flags(
+            context, (*_GRID_FLAGS, *_GPTQ_FLAGS, "convention", "true_sequential"), f"--recipe {recipe}"
+        )
         chosen = read_toml(Path(recipe))
     else:
         if not symmetric:
-            _refuse(context, ("convention",), "an asymmetric grid")
+            refuse_flags(context, ("convention",), "an asymmetric grid")
         grid = Grid(
             bits=bits,
             group_size=group_size or None,
@@ -139,9 +107,9 @@ def quantize(
         stage = GPTQ(act_order=act_order, groups=groups, percdamp=percdamp)  # pyright: ignore[reportArgumentType]
         chosen = named(recipe, grid, gptq=stage, true_sequential=true_sequential)
         if chosen.keeps or chosen.grid.bits != bits:
-            _refuse(context, ("bits",), f"--recipe {recipe}")
+            refuse_flags(context, ("bits",), f"--recipe {recipe}")
         if stage not in chosen.stages:
-            _refuse(context, _GPTQ_FLAGS, f"--recipe {recipe}")
+            refuse_flags(context, _GPTQ_FLAGS, f"--recipe {recipe}")
     _quantize(
         model,
         chosen,
@@ -156,73 +124,6 @@ def quantize(
     )
 
 
-@app.command()
-def evaluate(
-    model: QuantizedArgument,
-    text: Annotated[
-        str, typer.Option("--text", help="Text file, -, corpus:evaluation (built in), or hub:NAME.")
-    ] = "corpus:evaluation",
-    seqlen: Annotated[
-        int | None, typer.Option("--seqlen", help="Tokens per window; default 2048 or the model's limit.")
-    ] = None,
-    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Only the first N windows.")] = None,
-    against: Annotated[
-        str | None, typer.Option("--against", metavar="MODEL", help="Reference for KL and top-1 agreement.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Perplexity of a model on a text, and its divergence from another model.
-
-    [bold]Examples[/bold]
-
-      jaxquant evaluate q4 --text wiki.test.raw --windows 31
-      jaxquant evaluate q4 --against smollm2-135m --json
-
-    Windows follow one another without overlap; the mean runs over the
-    seqlen - 1 targets of each. A file that ends in .raw is joined as WikiText
-    usually is. KL is KL(reference || model) in nats per token.
-    """
-    from jaxquant import jobs
-    from jaxquant.report import terminal
-
-    with terminal.bar("evaluating") as progress:
-        result = jobs.evaluate(
-            model, text=text, seqlen=seqlen, limit=windows, against=against, progress=progress
-        )
-    (_print_json if as_json else terminal.print_evaluation)(result)
-
-
-@app.command()
-def generate(
-    model: QuantizedArgument,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=0, help="At most this many new tokens.")
-    ] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", help="0: greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Continue a text, greedily or by sampling.
-
-    [bold]Examples[/bold]
-
-      jaxquant generate tiny --prompt "Once upon a time"
-      jaxquant generate q4 --prompt "Paris is" --temperature 0.8 --seed 1
-    """
-    from jaxquant import jobs
-    from jaxquant.io import load_model
-
-    result = jobs.generate(
-        load_model(model), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed
-    )
-    if as_json:
-        _print_json(result)
-    else:
-        print(prompt + result["text"])
-
-
-@app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by quantize.")],
     as_json: JsonOption = False,
@@ -238,12 +139,11 @@ def inspect(
 
     result = jobs.inspect(folder)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     terminal.print_inspection(result)
 
 
-@app.command()
 def demo(
     model: Annotated[
         str, typer.Option("--model", help="smollm2-135m or tiny; any model works.")
@@ -286,15 +186,6 @@ def demo(
     print(f"\nReport with pictures: {out / 'report.html'}")
 
 
-def _refuse(context: typer.Context, names: tuple[str, ...], case: str) -> None:
-    """`UsageError` if one of the options was given, since it would be ignored."""
-    for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} has no effect with {case}; leave it out")
-
-
 def _quantize(
     model: str,
     recipe: Recipe,
@@ -319,13 +210,13 @@ def _quantize(
     tokens = jobs.calibration_windows(source, calibration, samples=samples, seqlen=seqlen, seed=seed)
     estimate = plan(source.config, recipe, samples=samples, seqlen=seqlen)
     if as_json:
-        _print_line({"event": "plan", "recipe": str(recipe), **dataclasses.asdict(estimate)})
+        print_line({"event": "plan", "recipe": str(recipe), **dataclasses.asdict(estimate)})
     else:
         terminal.print_plan(source.name, recipe, estimate)
     if dry_run:
         return
     with contextlib.ExitStack() as stack:
-        on_event = _print_line
+        on_event = print_line
         if not as_json:
             table = stack.enter_context(ProgressTable(estimate.linears))
             on_event = functools.partial(_show, table, estimate.linears)
@@ -358,37 +249,3 @@ def _show(table: ProgressTable, linears: int, event: dict[str, Any]) -> None:
         table.note(f"loss gradients of the original model: {event['done']} of {event['total']} passes")
     elif event["event"] == "resume":
         table.skip(linears * event["block"] // event["blocks"])
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1), flush=True)
-
-
-def _print_line(event: Any) -> None:
-    print(json.dumps(event), flush=True)
-
-
-def main() -> None:
-    """Entry point: maps errors to exit codes (0 done, 1 failed, 2 usage, 130 interrupted)."""
-    # LAPACK's threads wait by spinning: where other processes hold the cores, a Cholesky of 1 ms
-    # takes 500 ms. One thread loses little on an idle machine. Read when JAX loads LAPACK: set it before.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # Typer vendors click or depends on it, by version; its usage errors derive from this class either way.
-    click_exception: Any = typer.BadParameter.__mro__[2]
-    try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except click_exception as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(INTERRUPTED)
-    except JaxquantError as error:
-        print(f"jaxquant: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m jaxquant.cli`."""
+
+from jaxquant.cli import main
+
+main()

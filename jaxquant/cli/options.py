@@ -1,0 +1,41 @@
+"""Arguments and output that commands share."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from jaxquant.errors import UsageError
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Known name, directory, .gguf or hub id.")
+]
+QuantizedArgument = Annotated[
+    str, typer.Argument(metavar="MODEL_OR_DIR", help="A model, or a folder written by quantize.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+BitsOption = Annotated[int, typer.Option("--bits", help="Bits per weight, 1 to 8.")]
+GroupSizeOption = Annotated[
+    int, typer.Option("--group-size", help="Inputs that share a scale; 0: one scale per output column.")
+]
+
+
+def refuse_flags(context: typer.Context, names: tuple[str, ...], case: str) -> None:
+    """`UsageError` if one of the options was given, since it would be ignored."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} has no effect with {case}; leave it out")
+
+
+def print_json(value: Any) -> None:
+    """One JSON object, for people too."""
+    print(json.dumps(value, indent=1), flush=True)
+
+
+def print_line(event: Any) -> None:
+    """One JSON object a line, at once: a pipe shows events as they come."""
+    print(json.dumps(event), flush=True)
