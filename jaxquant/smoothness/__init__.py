@@ -1,5 +1,11 @@
 """How strongly a model's predictions react to its inputs, and how far quantization changes that (FINE)."""
 
+from jaxquant.smoothness.comparison import (
+    Estimate,
+    SmoothnessComparison,
+    candidate_estimates,
+    smoothness_comparison,
+)
 from jaxquant.smoothness.measure import GradientComparison, compare_gradients, gradient_comparison
 from jaxquant.smoothness.neighborhood import (
     ball,
@@ -29,9 +35,12 @@ from jaxquant.smoothness.tree import (
 )
 
 __all__ = [
+    "Estimate",
     "GradientComparison",
+    "SmoothnessComparison",
     "Tree",
     "ball",
+    "candidate_estimates",
     "candidates",
     "compare_gradients",
     "continuations",
@@ -47,6 +56,7 @@ __all__ = [
     "rescore",
     "retention",
     "shared_nodes",
+    "smoothness_comparison",
     "sparsity",
     "substitutions",
     "token_kl",

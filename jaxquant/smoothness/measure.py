@@ -29,6 +29,7 @@ class GradientComparison:
       cosine: mean cosine between the two gradients of a sequence, and its standard error.
       token_cosine: mean cosine token by token, and its standard error over sequences.
       norms, reference_norms: S of every sequence.
+      cosines: those of every sequence.
     """
 
     ratio: float
@@ -39,6 +40,7 @@ class GradientComparison:
     token_cosine_stderr: float
     norms: tuple[float, ...]
     reference_norms: tuple[float, ...]
+    cosines: tuple[float, ...]
 
     @property
     def log_ratio(self) -> float:
@@ -99,7 +101,7 @@ def compare_gradients(gradients: np.ndarray, reference: np.ndarray) -> GradientC
             "the reference's gradient is 0 everywhere; compare models that depend on their input"
         )
     ratio = norms.mean() / others.mean()
-    spread = float(_stderr(norms - ratio * others) / others.mean())
+    spread = float(stderr(norms - ratio * others) / others.mean())
     cosines = np.sum(gradients * reference, axis=(1, 2)) / np.maximum(norms * others, 1e-300)
     sizes = np.linalg.norm(gradients, axis=2) * np.linalg.norm(reference, axis=2)
     # The last token of a sequence has no target behind it, and no gradient.
@@ -111,11 +113,12 @@ def compare_gradients(gradients: np.ndarray, reference: np.ndarray) -> GradientC
         ratio=float(ratio),
         ratio_stderr=spread,
         cosine=float(cosines.mean()),
-        cosine_stderr=_stderr(cosines),
+        cosine_stderr=stderr(cosines),
         token_cosine=float(np.mean(by_token)),
-        token_cosine_stderr=_stderr(np.asarray(by_token)),
+        token_cosine_stderr=stderr(np.asarray(by_token)),
         norms=tuple(norms.tolist()),
         reference_norms=tuple(others.tolist()),
+        cosines=tuple(cosines.tolist()),
     )
 
 
@@ -141,7 +144,8 @@ def _turn_between(embedding: jax.Array, other: jax.Array) -> np.ndarray:
     return turn
 
 
-def _stderr(values: np.ndarray) -> float:
+def stderr(values: np.ndarray) -> float:
+    """Standard error of the mean of `values`, NaN for one."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else math.nan
 
 

@@ -53,7 +53,7 @@ class Tree:
 
 
 def decoding_tree(
-    next_log_probs: NextLogProbs, *, width: int = 8, depth: int = 4, limit: float = 1e-4, batch: int = 32
+    next_log_probs: NextLogProbs, *, width: int = 8, depth: int = 4, limit: float = 1e-4, batch: int = 64
 ) -> Tree:
     """The tree of a model, expanded by its own probabilities, level by level.
 
@@ -93,7 +93,7 @@ def decoding_tree(
     return Tree(nodes=nodes, width=width, depth=depth, limit=limit)
 
 
-def rescore(next_log_probs: NextLogProbs, tree: Tree, *, batch: int = 32) -> Tree:
+def rescore(next_log_probs: NextLogProbs, tree: Tree, *, batch: int = 64) -> Tree:
     """The nodes of `tree` with the log probabilities that another model gives them, likely or not.
 
     The nodes that two trees share are among those that reach the limit here: only that a node is among the
