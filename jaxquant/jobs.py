@@ -23,8 +23,16 @@ from jaxquant.plan import token_cost
 from jaxquant.recipe import Recipe
 from jaxquant.records import Event, read_rows
 from jaxquant.report import write_report
+from jaxquant.smoothness import Tree, smoothness_comparison
 
 Progress = Callable[[int, int], None]
+
+# What is kept of measurements in the folder of the model.
+_EVALUATION, _SMOOTHNESS = "evaluation.json", "smoothness.json"
+# Nodes of a tree that are pictured.
+_DRAWN = 24
+# Tokens before the trees.
+_PROMPT = 64
 
 
 def calibration_windows(source: Source, text: str, *, samples: int, seqlen: int, seed: int) -> np.ndarray:
@@ -56,7 +64,11 @@ def quantize(
 
 
 def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
-    """Writes `report.html` of a finished run, with the result of `evaluate(..., against=...)` if given."""
+    """Writes `report.html` of a finished run.
+
+    With `evaluation`, the result of `evaluate(..., against=...)`, which is kept in the folder for later
+    reports, and with what `smoothness` left there.
+    """
     manifest = checkpoint.read_manifest(folder)
     summary, calibration = manifest["summary"], manifest["calibration"]
     recipe = Recipe.from_dict(manifest["recipe"])
@@ -77,13 +89,16 @@ def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
         "versions": manifest["versions"],
     }
     if evaluation is not None:
+        _keep(folder / _EVALUATION, evaluation)
+    evaluation = _kept(folder / _EVALUATION)
+    if evaluation is not None:
         run["evaluation"] = {
             "perplexity_before": evaluation["reference_perplexity"],
             "perplexity_after": evaluation["perplexity"],
             **{key: evaluation[key] for key in ("kl", "kl_stderr", "top1", "text", "tokens")},
         }
     rows, pictures = read_rows(folder)
-    return write_report(folder, run, rows, **pictures)
+    return write_report(folder, run, rows, smoothness=_kept(folder / _SMOOTHNESS), **pictures)
 
 
 def evaluate(
@@ -118,6 +133,57 @@ def evaluate(
         "top1": pair.top1,
         "top1_stderr": pair.top1_stderr,
     }
+
+
+def smoothness(
+    spec: str,
+    *,
+    against: str,
+    text: str,
+    limit: int,
+    seqlen: int,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`smoothness_comparison` of the model that `spec` names with its original.
+
+    Of a folder that `quantize` wrote the result is kept there, and shown in its `report.html`.
+    """
+    content = read_text(text)
+    model, reference = load_model(spec), load_model(against)
+    check_seqlen(seqlen, model.config)
+    batch = eval_windows(content, model.tokenizer, model.config, seqlen=seqlen, limit=limit)
+    found = smoothness_comparison(
+        (model.params, model.config),
+        (reference.params, reference.config),
+        batch,
+        jax.random.key(0),
+        prompt=_PROMPT,
+        progress=progress,
+    )
+    result: dict[str, Any] = {
+        "model": model.name,
+        "against": reference.name,
+        "text": text,
+        "windows": len(batch),
+        "seqlen": seqlen,
+        "prompt_tokens": min(_PROMPT, seqlen),
+    }
+    for name, estimate in found.estimates.items():
+        result[name] = estimate.mean
+        result[f"{name}_stderr"] = estimate.stderr if math.isfinite(estimate.stderr) else None
+    result["by_window"] = {name: list(estimate.by_window) for name, estimate in found.estimates.items()}
+    original, own = found.trees[0]
+    decode = model.tokenizer.decode
+    result["trees"] = {
+        "prompt": decode(batch[0, :_PROMPT].tolist()),
+        "reference": _drawn(original, own, decode),
+        "model": _drawn(own, original, decode),
+    }
+    folder = Path(spec).expanduser()
+    if checkpoint.is_checkpoint(folder):
+        _keep(folder / _SMOOTHNESS, result)
+        report(folder)
+    return result
 
 
 def generate(
@@ -169,6 +235,28 @@ def check_seqlen(seqlen: int, config: ModelConfig) -> None:
     """`UsageError` unless windows of `seqlen` tokens fit into the model's context."""
     if not 2 <= seqlen <= config.max_position:
         raise UsageError(f"--seqlen {seqlen}: this model takes 2 to {config.max_position} tokens")
+
+
+def _drawn(tree: Tree, other: Tree, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+    """The most probable nodes of `tree`: parents come before their children, and are there."""
+    likely = sorted(tree.nodes, key=lambda path: (-tree.nodes[path], len(path)))[:_DRAWN]
+    return [
+        {
+            "path": list(path),
+            "token": decode([path[-1]]),
+            "probability": math.exp(tree.nodes[path]),
+            "shared": path in other.nodes,
+        }
+        for path in likely
+    ]
+
+
+def _keep(path: Path, result: dict[str, Any]) -> None:
+    checkpoint.write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _scores(result: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxquant import cli
+from jaxquant import cli, jobs
 from jaxquant.io import checkpoint
 
 SMALL = ["--bits", "4", "--group-size", "64", "--samples", "2", "--seqlen", "64", "--seed", "0"]
@@ -102,6 +102,35 @@ def test_evaluate_against_the_original(run, quantized, text):
     assert 0.5 < result["top1"] <= 1
     code, out, _ = run("evaluate", "tiny", *options)
     assert json.loads(out)["perplexity"] == pytest.approx(result["reference_perplexity"], rel=1e-5)
+
+
+def test_smoothness_against_the_original(run, quantized, text):
+    folder = quantized[0]
+    command = ["smoothness", folder, "--against", "tiny", "--text", text, "--windows", 2, "--seqlen", 32]
+    code, out, _ = run(*command, "--json")
+    result = json.loads(out)
+    assert code == 0
+    for key in ("gradient_ratio", "gradient_cosine", "candidate_retention", "tree_retention"):
+        assert 0.5 < result[key] < 1.5
+        assert 0 < result[f"{key}_stderr"] < 0.5
+        assert len(result["by_window"][key]) == 2
+    assert result["candidates_reference"] > 1
+    assert result["tree_nodes_reference"] > result["tree_shared"] > 0
+    assert (result["windows"], result["seqlen"], result["prompt_tokens"]) == (2, 32, 32)
+    assert json.loads((folder / "smoothness.json").read_text()) == result
+    pair = jobs.evaluate(str(folder), text=str(text), seqlen=32, limit=1, against="tiny")
+    jobs.report(folder, evaluation=pair)
+    code, out, _ = run(*command)
+    assert code == 0
+    assert "gradients at the input: ratio " in out
+    assert "nodes of a decoding tree" in out
+    page = (folder / "report.html").read_text()
+    assert "Smoothness" in page
+    assert "nats" in page  # the evaluation is kept
+
+    code, _, err = run(*command[:4], "--seqlen", 4096)
+    assert code == 2
+    assert "this model takes 2 to 512 tokens" in err
 
 
 def test_generate_is_deterministic(run, quantized):

@@ -10,6 +10,7 @@ import typer
 
 from jaxquant.cli.evaluate import evaluate, generate
 from jaxquant.cli.quantize import demo, inspect, quantize
+from jaxquant.cli.smoothness import smoothness
 from jaxquant.errors import JaxquantError, UsageError
 
 INTERRUPTED = 130
@@ -32,13 +33,13 @@ app = typer.Typer(
       jaxquant generate q3 --prompt "The sea was"
 
     MODEL is a known name (smollm2-135m, tiny), a Hugging Face directory,
-    a .gguf file, a hub id, or, to evaluate and generate, a folder that
-    quantize wrote.
+    a .gguf file, a hub id, or, to evaluate, measure and generate, a folder
+    that quantize wrote.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (resumable).""",
 )
 
-for command in (quantize, evaluate, generate, inspect, demo):
+for command in (quantize, evaluate, smoothness, generate, inspect, demo):
     app.command()(command)
 
 

@@ -144,12 +144,107 @@ def size_bars(before: int, after: int) -> str:
     return _svg(description, parts, width=width, height=height)
 
 
+def window_panel(title: str, values: Sequence[float], mean: float, *, logarithmic: bool) -> str:
+    """A dot for every window and a line at their mean; the original, 1, is dashed.
+
+    Args:
+      title: what is measured.
+      values: of the windows.
+      mean: of them.
+      logarithmic: scale for ratios; shares go from 0 to 1.
+    """
+    drawn = [v for v in values if math.isfinite(v) and (v > 0 or not logarithmic)]
+    low, high = min([0.0, *drawn]), max([1.0, *drawn])
+    if logarithmic:
+        low, high = _log_range([1.0, *drawn])
+
+    def y(value: float) -> float:
+        if logarithmic:
+            return _log_y(value, low, high)
+        return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [_title(title), _text(_WIDTH - _RIGHT, 15, f"{mean:.3g}", "end", style="panel-title")]
+    if logarithmic:
+        parts += _log_rules(low, high)
+    else:
+        for tick in (0, 0.5, 1):
+            parts.append(f'<path class="rule" d="M{_LEFT},{y(tick):.1f}H{_WIDTH - _RIGHT}"/>')
+            parts.append(_text(_LEFT - 6, y(tick) + 4, f"{tick:g}", "end"))
+    step = (_WIDTH - _LEFT - _RIGHT) / max(len(values), 1)
+    parts += [
+        f'<circle class="window" cx="{_LEFT + (i + 0.5) * step:.1f}" cy="{y(value):.1f}" r="3.5">'
+        f"<title>window {i}: {value:.3g}</title></circle>"
+        for i, value in enumerate(values)
+        if value in drawn
+    ]
+    parts.append(f'<path class="original" d="M{_LEFT},{y(1):.1f}H{_WIDTH - _RIGHT}"/>')
+    if drawn and math.isfinite(mean) and (mean > 0 or not logarithmic):
+        parts.append(f'<path class="mean" d="M{_LEFT},{y(mean):.1f}H{_WIDTH - _RIGHT}"/>')
+    parts.append(_text(_LEFT, _HEIGHT - 12, "windows of the text", "start"))
+    return _svg(f"{title} of {len(values)} windows, mean {mean:.3g}; 1 is the original", parts)
+
+
+def tree_panel(title: str, nodes: Sequence[dict[str, Any]]) -> str:
+    """A decoding tree from left to right: tokens as labels, width by probability, shared nodes filled.
+
+    Args:
+      title: whose tree.
+      nodes: `path` (token ids), `token`, `probability` (of the path), `shared`; parents before children.
+    """
+    column, row = 112, 21
+    children: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for node in nodes:
+        children.setdefault(tuple(node["path"][:-1]), []).append(node)
+    height = {}
+    free = 0
+
+    def place(path: tuple[int, ...]) -> float:
+        nonlocal free
+        below = [place(tuple(node["path"])) for node in children.get(path, [])]
+        if not below:
+            below, free = [_TOP + 12 + row * free], free + 1
+        height[path] = sum(below) / len(below)
+        return height[path]
+
+    place(())
+    labels = {(): ""} | {tuple(node["path"]): _token_label(node["token"]) for node in nodes}
+    edges, marks = [], [f'<circle class="node shared" cx="8" cy="{height[()]:.1f}" r="4"/>']
+    for node in nodes:
+        path, style = tuple(node["path"]), " shared" if node["shared"] else ""
+        parent = path[:-1]
+        x, y, above = 8 + column * len(path), height[path], height[parent]
+        start = x - column + (6.5 * len(labels[parent]) + 9 if parent else 4)
+        middle = (start + x) / 2
+        edges.append(
+            f'<path class="edge{style}" stroke-width="{max(9 * node["probability"] ** 0.5, 0.7):.1f}" '
+            f'd="M{start:.1f},{above:.1f}C{middle:.1f},{above:.1f} {middle:.1f},{y:.1f} {x - 4},{y:.1f}"/>'
+        )
+        marks.append(
+            f'<circle class="node{style}" cx="{x}" cy="{y:.1f}" r="4"><title>'
+            f"{html.escape(repr(node['token']))}: {node['probability']:.2g}</title></circle>"
+        )
+        marks.append(_text(x + 7, y + 4, labels[path], "start", style="label"))
+    shared = sum(bool(node["shared"]) for node in nodes)
+    return _svg(
+        f"Decoding tree of {title}: its {len(nodes)} most likely nodes, {shared} of them shared",
+        [_text(4, 15, title, "start", style="panel-title"), *edges, *marks],
+        width=8 + column * (1 + max((len(node["path"]) for node in nodes), default=0)),
+        height=_TOP + 12 + row * max(free, 1),
+    )
+
+
 def human_bytes(size: float) -> str:
     """`size` with a decimal unit: `94.3 MB`."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}" if size < 1000 * scale else f"{size / scale:,.0f} {unit}"
     return f"{size:.0f} bytes"
+
+
+def _token_label(token: str) -> str:
+    """A token without the spaces around it, at most 12 letters."""
+    label = token.strip() or {"": "\u2205", "\n": "\u23ce"}.get(token, "\u2423")
+    return label if len(label) <= 12 else label[:11] + "\u2026"
 
 
 def _error_panel(

@@ -23,6 +23,7 @@ def write_report(
     *,
     histograms: Iterable[dict[str, Any]] = (),
     sites: Iterable[dict[str, Any]] = (),
+    smoothness: dict[str, Any] | None = None,
 ) -> Path:
     """Writes `report.html` into `folder`: self-contained, for phones, light and dark.
 
@@ -38,6 +39,7 @@ def write_report(
       histograms: `{"module", "edges" [n + 1], "counts" [n], "levels"}` for the linears to be shown.
       sites: `{"module", "before", "after", "rest", "error_before", "error"}` for the activations to be shown:
         channels by size before a surgery, after it, and less the offset of their group.
+      smoothness: the result of `jobs.smoothness`.
 
     Returns:
       The path of the file.
@@ -48,6 +50,7 @@ def write_report(
         _section("How it was made", _facts(run, rows)),
         _section("Size", figures.size_bars(run["bytes_before"], run["bytes_after"])),
         _errors(run, rows),
+        _smoothness(smoothness),
         _sites(list(sites)),
         _histograms(list(histograms)),
         _section("Every linear", _table(rows)),
@@ -130,6 +133,10 @@ def _facts(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         ("Linears", f"{len(rows)}{_incidents(rows)}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())),
     ]
+    return _definitions(facts)
+
+
+def _definitions(facts: list[tuple[str, str]]) -> str:
     body = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts)
     return f"<dl>{body}</dl>"
 
@@ -152,6 +159,54 @@ def _errors(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     panels = "".join(f"<figure>{panel}</figure>" for panel in figures.error_panels(rows, method))
     note = "Share of each linear's output energy that is lost, over the blocks of the model; lower is better."
     return _section("Layer error", f'{key}<div class="panels">{panels}</div>', note)
+
+
+def _smoothness(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return ""
+
+    def shown(name: str, digits: str = ".2f") -> str:
+        spread = result[f"{name}_stderr"]
+        return f"{result[name]:{digits}}" + ("" if spread is None else f" \u00b1 {spread:{digits}}")
+
+    facts = [
+        (label, f"{shown(name, '.1f')}, original {shown(f'{name}_reference', '.1f')}; {shown(kept)} kept")
+        for label, name, kept in (
+            ("Candidates", "candidates", "candidate_retention"),
+            ("In a neighbourhood", "neighborhood_candidates", "neighborhood_retention"),
+            ("Nodes of a tree", "tree_nodes", "tree_retention"),
+        )
+    ]
+    panels = "".join(
+        f"<figure>{figures.window_panel(label, result['by_window'][name], result[name], logarithmic=log)}"
+        "</figure>"
+        for label, name, log in (
+            ("Gradient ratio", "gradient_ratio", True),
+            ("Gradient cosine", "gradient_cosine", False),
+            ("Candidates kept", "candidate_retention", False),
+            ("Tree kept", "tree_retention", False),
+        )
+    )
+    trees = "".join(
+        f"<figure>{figures.tree_panel(title, result['trees'][key])}</figure>"
+        for title, key in ((result["against"], "reference"), ("quantized", "model"))
+    )
+    note = (
+        f"How differently the model reacts to {result['text']} ({result['windows']} windows of "
+        f"{result['seqlen']} tokens, \u00b1 standard errors) than {result['against']} does: gradients at the "
+        "input, next tokens of probability 1e-3 or more, likely continuations of up to 4 tokens. Dots are "
+        "windows, the line their mean; 1 is the original."
+    )
+    prompt = result["trees"]["prompt"][-90:]
+    key = (
+        f'<p class="key">Most likely continuations of \u201c\u2026{html.escape(prompt)}\u201d: filled where '
+        "both models have them; the wider, the likelier</p>"
+    )
+    return _section(
+        "Smoothness",
+        f'{_definitions(facts)}<div class="panels">{panels}</div>{key}<div class="trees">{trees}</div>',
+        note,
+    )
 
 
 def _sites(sites: list[dict[str, Any]]) -> str:

@@ -60,6 +60,31 @@ def print_evaluation(result: dict[str, Any]) -> None:
         )
 
 
+def print_smoothness(result: dict[str, Any]) -> None:
+    """The result of `jobs.smoothness`."""
+
+    def shown(name: str) -> str:
+        spread = result[f"{name}_stderr"]
+        return f"{result[name]:.4g}" + ("" if spread is None else f" +- {spread:.2g}")
+
+    print(
+        f"{result['model']} against {result['against']} on {result['text']}, {result['windows']} windows of "
+        f"{result['seqlen']} tokens"
+    )
+    print(f"gradients at the input: ratio {shown('gradient_ratio')}, cosine {shown('gradient_cosine')}")
+    print(f"{'':28}{'model':>18}{'original':>18}{'kept':>18}")
+    for label, name, kept in (
+        ("candidates of a position", "candidates", "candidate_retention"),
+        ("  exp(entropy)", "candidates_entropy", None),
+        ("  1 / sum p^2", "candidates_participation", None),
+        ("  of a neighbourhood", "neighborhood_candidates", "neighborhood_retention"),
+        ("nodes of a decoding tree", "tree_nodes", "tree_retention"),
+        ("  branching", "tree_branching", None),
+    ):
+        cells = (shown(name), shown(f"{name}_reference"), "" if kept is None else shown(kept))
+        print(f"{label:28}" + "".join(f"{cell:>18}" for cell in cells).rstrip())
+
+
 def print_summary(folder: Path, summary: dict[str, Any]) -> None:
     """What a run left in `folder`, from the summary of `quantize_model`."""
     print(

@@ -62,6 +62,26 @@ def make_site(module: str) -> dict:
     }
 
 
+def make_smoothness() -> dict:
+    names = ("gradient_ratio", "gradient_cosine", "candidate_retention", "neighborhood_retention",
+             "tree_retention")  # fmt: skip
+    raw = ("candidates", "neighborhood_candidates", "tree_nodes")
+    nodes = [
+        {"path": [3], "token": " the", "probability": 0.5, "shared": True},
+        {"path": [9], "token": "\n", "probability": 0.2, "shared": False},
+        {"path": [3, 4], "token": " <unbelievable>", "probability": 0.1, "shared": True},
+        {"path": [3, 5], "token": " old", "probability": 0.05, "shared": True},
+    ]
+    return {
+        "model": "q3", "against": "smollm2-135m", "text": "corpus:evaluation", "windows": 3, "seqlen": 256,
+        **{name: 0.75 for name in names}, **{f"{name}_stderr": 0.011 for name in names},
+        **{f"{name}{end}": 83.25 for name in raw for end in ("", "_reference")},
+        **{f"{name}{end}_stderr": 2.52 for name in raw for end in ("", "_reference")},
+        "by_window": {name: [0.7, 0.8, 0.75] for name in names},
+        "trees": {"prompt": "Once <upon>", "reference": nodes, "model": nodes[:1]},
+    }  # fmt: skip
+
+
 def make_run(**changes) -> dict:
     return {
         "model": "smollm2-135m",

@@ -8,7 +8,15 @@ import pytest
 import report_samples as samples
 
 from jaxquant.report import write_report
-from jaxquant.report.figures import COLOURS, error_panels, histogram_panel, human_bytes, size_bars
+from jaxquant.report.figures import (
+    COLOURS,
+    error_panels,
+    histogram_panel,
+    human_bytes,
+    size_bars,
+    tree_panel,
+    window_panel,
+)
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -132,6 +140,45 @@ def test_histogram_draws_levels_unless_they_run_together():
     assert histogram_panel(samples.make_histogram("blocks.0.mlp.up", 8)).count('"grid-level"') == 2
     empty = {"module": "blocks.0.mlp.up", "edges": [0.0, 0.0], "counts": [0], "levels": []}
     assert "mlp.up" in histogram_panel(empty)
+
+
+def test_trees_have_an_edge_and_a_label_for_every_node():
+    nodes = samples.make_smoothness()["trees"]["reference"]
+    panel = tree_panel("a < b", nodes)
+    assert "a &lt; b" in panel
+    assert panel.count('class="edge') == 4
+    assert panel.count('class="edge shared"') == 3
+    labels = re.findall(r'<text class="label"[^>]*>([^<]*)<', panel)
+    assert labels == ["the", "\u23ce", "&lt;unbelievab\u2026", "old"]
+    widths = [float(width) for width in re.findall(r'stroke-width="([\d.]+)"', panel)]
+    assert widths == sorted(widths, reverse=True)
+    rows = [float(y) for y in re.findall(r'<circle class="node[^>]* cy="([\d.]+)"', panel)]
+    _, the, line, unbelievable, old = rows
+    assert the == pytest.approx((unbelievable + old) / 2)
+    assert len({line, unbelievable, old}) == 3
+    assert "its 0 most likely nodes" in tree_panel("nothing", [])
+
+
+def test_windows_are_dots_on_one_scale():
+    panel = window_panel("Gradient ratio", [0.5, 2.0, math.nan, 0.0], 1.1, logarithmic=True)
+    assert panel.count('<circle class="window"') == 2
+    low, high = (float(y) for y in re.findall(r'<circle class="window"[^>]* cy="([\d.]+)"', panel))
+    (original,) = (float(y) for y in re.findall(r'class="original" d="M46,([\d.]+)H', panel))
+    assert original == pytest.approx((low + high) / 2, abs=0.1)
+    shares = window_panel("Cosine", [-0.2, 0.9], 0.35, logarithmic=False)
+    assert shares.count('<circle class="window"') == 2
+    assert 'class="mean"' not in window_panel("Gradient ratio", [0.0], 0.0, logarithmic=True)
+
+
+def test_smoothness_is_shown_if_it_was_measured(tmp_path):
+    run, rows = samples.make_run(), samples.make_rows(1)
+    assert "Smoothness" not in Page(write_report(tmp_path, run, rows).read_text()).text
+    measured = samples.make_smoothness()
+    text = Page(write_report(tmp_path, run, rows, smoothness=measured).read_text(encoding="utf-8")).text
+    for fact in ("Smoothness", "83.2 \u00b1 2.5", "0.75 \u00b1 0.01 kept", "Tree kept", "Once <upon>", "old"):
+        assert fact in text
+    alone = measured | {f"{name}_stderr": None for name in measured["by_window"]}
+    assert "0.75 kept" in Page(write_report(tmp_path, run, rows, smoothness=alone).read_text()).text
 
 
 def test_size_bars_are_proportional():
