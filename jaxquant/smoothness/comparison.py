@@ -91,7 +91,7 @@ def smoothness_comparison(
 
     Gradients and candidates are those at all positions of the windows, neighbourhoods (16 substitutions) and
     trees those behind the first `prompt` tokens of each. A token is a candidate where its probability is at
-    least 1e-3. Logits of more than 64 MB are never held at once.
+    least 1e-3. Gradients hold the logits of one window, all else at most 64 MB of them.
 
     Args:
       model: to be measured.

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from tiny_families import tiny_config, tiny_params, tiny_tokens
 
+from jaxquant.calibrate.text import eval_windows, read_text
 from jaxquant.errors import InputError, NonFiniteError, UsageError
+from jaxquant.io import load_params
 from jaxquant.models import Precision
 from jaxquant.models.decoder import forward
 from jaxquant.quant import ActivationGrid, Grid, quantize
@@ -161,6 +163,26 @@ def test_windows_as_long_as_the_context(reference):
     windows = np.ones((1, reference[1].max_position), np.int32)
     result = smoothness_comparison(reference, reference, windows, jax.random.key(0), prompt=1000)
     assert result.estimates["tree_retention"].mean == 1
+
+
+@pytest.mark.slow
+def test_fewer_bits_leave_less_of_smollm2(smollm2):
+    params, config = load_params(smollm2), smollm2.config
+    windows = eval_windows(read_text("corpus:evaluation"), smollm2.tokenizer(), config, seqlen=96, limit=2)
+    kept = []
+    for bits in (8, 3):
+        blocks = jax.tree_util.tree_map_with_path(
+            lambda path, leaf, grid=Grid(bits=bits, group_size=64): (
+                quantize(leaf, grid) if path[-1].key == "kernel" else leaf
+            ),
+            params["blocks"],
+        )
+        quantized = ({**params, "blocks": blocks}, config)
+        found = smoothness_comparison(quantized, (params, config), windows, jax.random.key(0)).estimates
+        names = ("gradient_cosine", "candidate_retention", "neighborhood_retention", "tree_retention")
+        kept.append([found[name].mean for name in names])
+    assert np.all(np.asarray(kept[0]) > 0.9)
+    assert np.all(np.asarray(kept[1]) < 0.8)
 
 
 def test_bad_input(model, reference, windows):
