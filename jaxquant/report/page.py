@@ -165,12 +165,15 @@ def _smoothness(result: dict[str, Any] | None) -> str:
     if result is None:
         return ""
 
-    def shown(name: str, digits: str = ".2f") -> str:
+    def shown(name: str, digits: str) -> str:
         spread = result[f"{name}_stderr"]
         return f"{result[name]:{digits}}" + ("" if spread is None else f" \u00b1 {spread:{digits}}")
 
     facts = [
-        (label, f"{shown(name, '.1f')}, original {shown(f'{name}_reference', '.1f')}; {shown(kept)} kept")
+        (
+            label,
+            f"{shown(name, '.1f')}, original {shown(f'{name}_reference', '.1f')}; {shown(kept, '.3f')} kept",
+        )
         for label, name, kept in (
             ("Candidates", "candidates", "candidate_retention"),
             ("In a neighbourhood", "neighborhood_candidates", "neighborhood_retention"),

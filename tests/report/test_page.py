@@ -175,10 +175,17 @@ def test_smoothness_is_shown_if_it_was_measured(tmp_path):
     assert "Smoothness" not in Page(write_report(tmp_path, run, rows).read_text()).text
     measured = samples.make_smoothness()
     text = Page(write_report(tmp_path, run, rows, smoothness=measured).read_text(encoding="utf-8")).text
-    for fact in ("Smoothness", "83.2 \u00b1 2.5", "0.75 \u00b1 0.01 kept", "Tree kept", "Once <upon>", "old"):
+    for fact in (
+        "Smoothness",
+        "83.2 \u00b1 2.5",
+        "0.750 \u00b1 0.011 kept",
+        "Tree kept",
+        "Once <upon>",
+        "old",
+    ):
         assert fact in text
     alone = measured | {f"{name}_stderr": None for name in measured["by_window"]}
-    assert "0.75 kept" in Page(write_report(tmp_path, run, rows, smoothness=alone).read_text()).text
+    assert "0.750 kept" in Page(write_report(tmp_path, run, rows, smoothness=alone).read_text()).text
 
 
 def test_size_bars_are_proportional():
