@@ -184,13 +184,12 @@ def write(bench: Bench) -> None:
         file.write(
             table(["bits", "method", *(f"{r}: {c}" for r in ("min_p", "top_p") for c in columns)], rules)
         )
-        file.write(
-            "\nSpearman correlation over models of what gradients lose with what candidates and trees lose, "
-            "95 % bootstrap interval over models.\n\n"
-        )
-        file.write(
-            table(["models", "n", "gradients", "candidates lost", "tree lost"], correlations(bench.rows))
-        )
+        if found := correlations(bench.rows):
+            file.write(
+                "\nSpearman correlation over models of what gradients lose with what candidates and trees "
+                "lose, 95 % bootstrap interval over models.\n\n"
+            )
+            file.write(table(["models", "n", "gradients", "candidates lost", "tree lost"], found))
     if whole:
         draw(whole, bench.path.with_suffix(".png"))
 
