@@ -14,8 +14,9 @@ from typing import Any
 
 from jaxquant.calibrate.text import eval_windows, read_text, windows
 from jaxquant.evaluate import perplexity
+from jaxquant.folder import versions
 from jaxquant.io import load_checkpoint, load_params, open_model
-from jaxquant.pipeline import quantize_model, versions
+from jaxquant.pipeline import quantize_model
 from jaxquant.recipe import Recipe
 from jaxquant.records import read_rows
 

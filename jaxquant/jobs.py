@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,28 @@ def quantize(
     checkpoint.write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     report(folder)
     return summary
+
+
+def training_windows(
+    source: Source, texts: Mapping[str, float], *, samples: int, seqlen: int, seed: int
+) -> np.ndarray:
+    """Windows int32 `[samples, seqlen]` of several texts, in random order.
+
+    Args:
+      source: the model whose tokens they are.
+      texts: what `read_text` takes, and the share of windows that each has, relative to the others.
+      samples, seqlen, seed: see `calibrate.text.windows`.
+    """
+    check_seqlen(seqlen, source.config)
+    shares = np.asarray(list(texts.values()))
+    # Rounded so that the counts add up.
+    ends = np.round(samples * np.cumsum(shares) / shares.sum()).astype(int)
+    parts = [
+        calibration_windows(source, text, samples=int(count), seqlen=seqlen, seed=seed)
+        for text, count in zip(texts, np.diff(ends, prepend=0), strict=True)
+        if count
+    ]
+    return np.random.default_rng(seed).permutation(np.concatenate(parts))
 
 
 def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
@@ -225,6 +247,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "bytes": packed,
         "disk_bytes": checkpoint.disk_bytes(folder),
         "calibration": manifest["calibration"],
+        "training": manifest.get("training"),
         "versions": manifest["versions"],
         "token": token_cost(config, rotated=recipe.surgery is not None),
         "modules": rows,

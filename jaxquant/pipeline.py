@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,20 +16,18 @@ from jaxquant import records
 from jaxquant.calibrate.collect import batches, block_moments, embed_all, merge_taps
 from jaxquant.calibrate.fisher import TokenWeights, fisher_weights, output_moments
 from jaxquant.calibrate.moments import Moments
-from jaxquant.errors import InputError, NonFiniteError, UsageError
+from jaxquant.errors import NonFiniteError
+from jaxquant.folder import kept_gradients, open_run, storable, token_facts, versions
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source
 from jaxquant.methods import Problem, rtn
 from jaxquant.models.config import EXACT, LINEARS, ModelConfig
 from jaxquant.models.decoder import block as block_forward
-from jaxquant.plan import Plan, plan
+from jaxquant.plan import plan
 from jaxquant.quant import QArray
-from jaxquant.recipe import Recipe, to_toml
+from jaxquant.recipe import Recipe
 from jaxquant.records import Event
 from jaxquant.surgery import operate
-
-# Small and read by every query: not rounded on the way to the disk.
-_KEY_OPERATIONS = ("key_rotation", "key_shift")
 
 # Samples that folds may run through the block, and that its activations are pictured on.
 _FEW_SAMPLES = 2
@@ -76,15 +71,12 @@ def quantize_model(
     identity = {
         "source": {"name": source.name, "fingerprint": source.fingerprint()},
         "recipe": recipe.to_dict(),
-        "calibration": {
-            "tokens_sha256": hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest(),
-            "samples": int(tokens.shape[0]),
-            "seqlen": int(tokens.shape[1]),
-            **(describe or {}),
-        },
+        "calibration": token_facts(tokens, describe or {}),
     }
     manifest = {**identity, "config": config.to_dict(), "versions": versions(), "state": "running"}
-    finished = _prepare(folder, source, recipe, manifest, estimate, resume)
+    finished = open_run(
+        folder, manifest, recipe, source.tokenizer(), output_bytes=estimate.output_bytes, resume=resume
+    )
     previous = checkpoint.read_manifest(folder)
     if previous["state"] == "complete":
         on_event({"event": "done", **previous["summary"]})
@@ -94,14 +86,14 @@ def quantize_model(
         on_event({"event": "surgery", "stage": str(recipe.surgery)})
         source = operate(source, recipe.surgery, config, tokens, keep=folder / "rotations.npz")
     outer = source.outer()
-    hidden = embed_all(_storable({"embed": outer["embed"]}), config, tokens)
+    hidden = embed_all(storable({"embed": outer["embed"]}), config, tokens)
     if not (folder / "outer").is_dir():
-        checkpoint.save_outer(folder, _storable(outer))
+        checkpoint.save_outer(folder, storable(outer))
     del outer
     if finished:
         on_event({"event": "resume", "block": finished, "blocks": config.num_layers})
 
-    gradient = functools.partial(_by_gradient, source, tokens, on_event)
+    gradient = functools.partial(kept_gradients, source, tokens, on_event)
     fisher = recipe.hessian == "fisher"
     weights = gradient(fisher_weights, folder / "token_weights.npz") if fisher else None
     outputs = gradient(output_moments, folder / "output_moments.npz") if recipe.needs_gradients else None
@@ -123,7 +115,7 @@ def quantize_model(
                 on_event,
             )
             record["seconds"] = time.monotonic() - begun
-            params = _storable(params)
+            params = storable(params)
             checkpoint.save_block(folder, index, params, record)
         rows.extend(record["rows"])
         if index + 1 < config.num_layers:
@@ -148,72 +140,6 @@ def quantize_model(
     return summary
 
 
-def versions() -> dict[str, str]:
-    """Versions that a result may depend on."""
-    import platform
-    from importlib.metadata import version
-
-    packages = ("jaxquant", "jax", "jaxlib", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def _prepare(
-    folder: Path, source: Source, recipe: Recipe, manifest: Event, estimate: Plan, resume: bool
-) -> int:
-    """Makes or checks the folder; returns the number of blocks that are already done."""
-    if resume and checkpoint.is_checkpoint(folder):
-        previous = checkpoint.read_manifest(folder)
-        for key, remedy in (
-            ("source", "give the model it was started with"),
-            ("recipe", "give the same recipe, bits, group size and flags"),
-            ("calibration", "give the same calibration text, samples, seqlen and seed"),
-        ):
-            if difference := _difference(previous[key], manifest[key]):
-                raise UsageError(
-                    f"{folder} was started with another {key}: {difference}; {remedy}, or another --out"
-                )
-        checkpoint.remove_partial(folder)
-    else:
-        checkpoint.check_new_folder(folder)
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(existing).free
-        if free < 1.1 * estimate.output_bytes:
-            raise InputError(
-                f"{folder}: the quantized model needs {estimate.output_bytes / 1e6:.0f} MB, "
-                f"the disk has {free / 1e6:.0f} MB free; free some space or give another --out"
-            )
-        # First of all: with a manifest the folder can be resumed, whatever else is missing.
-        checkpoint.write_manifest(folder, manifest)
-    (folder / "blocks").mkdir(exist_ok=True)
-    if not (folder / "recipe.toml").is_file():
-        checkpoint.write_text(folder / "recipe.toml", to_toml(recipe))
-    if not (folder / "tokenizer.json").is_file():
-        checkpoint.write_text(folder / "tokenizer.json", source.tokenizer().to_str(pretty=True))
-    return checkpoint.finished_blocks(folder)
-
-
-# What something is called may change between runs; digests tell whether it is the same.
-_LABELS = ("name", "text")
-_DIGESTS = ("fingerprint", "tokens_sha256")
-
-
-def _difference(old: Event, new: Event) -> str:
-    """In words, what differs between two parts of manifests; empty where nothing that matters does."""
-    before, after = _flat(old), _flat(new)
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    if not set(keys) - set(_LABELS):
-        return ""
-    told = [key for key in keys if key not in _DIGESTS]
-    return ", ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in told or keys)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, (dict, list)):
-        return {prefix: tree}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    return {k: v for key, x in items for k, v in _flat(x, f"{prefix}.{key}" if prefix else str(key)).items()}
-
-
 @functools.partial(jax.jit, static_argnames=("config", "sliding"))
 def _propagate(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool) -> jax.Array:
     # Many tokens, one block: unpacking it whole is faster than unpacking it group by group.
@@ -224,29 +150,6 @@ def _propagate(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool)
     )
     y, _, _ = block_forward(params, config, x.astype(config.dtype), sliding=sliding)
     return y.astype(jnp.float32)
-
-
-def _by_gradient(
-    source: Source,
-    tokens: np.ndarray,
-    on_event: Callable[[Event], None],
-    measure: Callable[..., list[dict[str, np.ndarray]]],
-    path: Path,
-) -> list[dict[str, np.ndarray]]:
-    """What `measure` finds in every block, kept at `path` so that a resumed run finds the same."""
-    if not path.is_file():
-
-        def on_block(done: int, total: int) -> None:
-            on_event({"event": "gradient", "done": done, "total": total})
-
-        found = measure(source, tokens, on_block=on_block)
-        stacked = {name: np.stack([block[name] for block in found]) for name in found[0]}
-        buffer = io.BytesIO()
-        np.savez(buffer, **stacked)  # pyright: ignore[reportArgumentType]
-        checkpoint.write_bytes(path, buffer.getvalue())
-    with np.load(path) as stored:
-        stacked = dict(stored)
-    return [{name: array[i] for name, array in stacked.items()} for i in range(source.config.num_layers)]
 
 
 def _quantize_block(
@@ -356,20 +259,3 @@ def _quantize_linear(problem: Problem, recipe: Recipe, index: int, path: str) ->
     if stats.choice is not None:
         row["choice"] = recipe.options[int(stats.choice)]
     return packed, row
-
-
-def _storable(tree: Any) -> Any:
-    """Unquantized matrices in 16 bits: bfloat16 if they come so, else float16 where their values fit it.
-
-    What is done to keys at run time, a matrix a head, stays as it is.
-    """
-    largest = float(jnp.finfo(jnp.float16).max)
-
-    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        if isinstance(leaf, QArray) or path[-1].key in _KEY_OPERATIONS:
-            return leaf
-        if leaf.ndim < 2 or leaf.dtype == jnp.bfloat16:
-            return leaf
-        return leaf.astype(jnp.float16) if abs(leaf).max() <= largest else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, tree, is_leaf=lambda leaf: isinstance(leaf, QArray))

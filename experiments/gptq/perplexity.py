@@ -19,8 +19,9 @@ from pathlib import Path
 
 from jaxquant.calibrate.text import eval_windows, read_text, windows
 from jaxquant.evaluate import perplexity
+from jaxquant.folder import versions
 from jaxquant.io import load_checkpoint, load_params, open_model
-from jaxquant.pipeline import quantize_model, versions
+from jaxquant.pipeline import quantize_model
 from jaxquant.quant import Grid
 from jaxquant.recipe import chain
 from jaxquant.stages import GPTQ, RTN

@@ -29,10 +29,11 @@ import numpy as np
 
 from jaxquant.calibrate.moments import merge, observe
 from jaxquant.calibrate.text import read_text, windows
+from jaxquant.folder import versions
 from jaxquant.io import open_model
 from jaxquant.methods import Problem
 from jaxquant.named import named
-from jaxquant.pipeline import quantize_model, versions
+from jaxquant.pipeline import quantize_model
 from jaxquant.quant import Grid
 
 SHAPES = [(576, 576), (576, 1536), (1536, 576), (4096, 4096)]

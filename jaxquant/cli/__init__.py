@@ -11,6 +11,7 @@ import typer
 from jaxquant.cli.evaluate import evaluate, generate
 from jaxquant.cli.quantize import demo, inspect, quantize
 from jaxquant.cli.smoothness import smoothness
+from jaxquant.cli.train import train
 from jaxquant.errors import JaxquantError, UsageError
 
 INTERRUPTED = 130
@@ -39,7 +40,7 @@ app = typer.Typer(
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (resumable).""",
 )
 
-for command in (quantize, evaluate, smoothness, generate, inspect, demo):
+for command in (quantize, train, evaluate, smoothness, generate, inspect, demo):
     app.command()(command)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
+import sys
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -39,3 +43,15 @@ def print_json(value: Any) -> None:
 def print_line(event: Any) -> None:
     """One JSON object a line, at once: a pipe shows events as they come."""
     print(json.dumps(event), flush=True)
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Tells how to go on when the user interrupts a run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        command = [argument for argument in sys.argv[1:] if argument != "--resume"]
+        flag = [] if command[:1] == ["demo"] else ["--resume"]
+        print(f"interrupted; go on with: {shlex.join(['jaxquant', *command, *flag])}", file=sys.stderr)
+        raise

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +18,7 @@ from jaxquant.cli.options import (
     print_json,
     print_line,
     refuse_flags,
+    resumable,
 )
 
 if TYPE_CHECKING:
@@ -215,27 +214,20 @@ def _quantize(
         terminal.print_plan(source.name, recipe, estimate)
     if dry_run:
         return
-    with contextlib.ExitStack() as stack:
+    with resumable(), contextlib.ExitStack() as stack:
         on_event = print_line
         if not as_json:
             table = stack.enter_context(ProgressTable(estimate.linears))
             on_event = functools.partial(_show, table, estimate.linears)
-        try:
-            summary = jobs.quantize(
-                source,
-                recipe,
-                tokens,
-                out,
-                describe={"text": calibration, "seed": seed},
-                resume=resume,
-                on_event=on_event,
-            )
-        except KeyboardInterrupt:
-            stack.close()
-            command = [argument for argument in sys.argv[1:] if argument != "--resume"]
-            flag = [] if command[:1] == ["demo"] else ["--resume"]
-            print(f"interrupted; go on with: {shlex.join(['jaxquant', *command, *flag])}", file=sys.stderr)
-            raise
+        summary = jobs.quantize(
+            source,
+            recipe,
+            tokens,
+            out,
+            describe={"text": calibration, "seed": seed},
+            resume=resume,
+            on_event=on_event,
+        )
     if not as_json:
         terminal.print_summary(out, summary)
 

@@ -90,7 +90,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def save_outer(folder: Path, outer: Mapping[str, Any]) -> None:
     """Writes the parameters outside the blocks, once."""
-    _save(folder / "outer", params=_numpy(dict(outer)))
+    save_tree(folder / "outer", params=_numpy(dict(outer)))
 
 
 def save_block(folder: Path, index: int, params: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -107,12 +107,12 @@ def save_block(folder: Path, index: int, params: Mapping[str, Any], record: Mapp
             linears[path] = {"grid": kernel.grid.to_dict(), "shape": list(kernel.shape)}
             leaves = {leaf: getattr(kernel, leaf) for leaf in _LEAVES}
             stored[part][name]["kernel"] = {k: v for k, v in leaves.items() if v is not None}
-    _save(_block_folder(folder, index), params=_numpy(stored), record={**record, "linears": linears})
+    save_tree(_block_folder(folder, index), params=_numpy(stored), record={**record, "linears": linears})
 
 
 def load_block(folder: Path, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """`(params, record)` of one block as `save_block` got them, leaves as numpy arrays."""
-    items = _restore(_block_folder(folder, index))
+    items = load_tree(_block_folder(folder, index))
     params, record = items["params"], items["record"]
     for path, static in record["linears"].items():
         part, name = path.split(".")
@@ -124,7 +124,7 @@ def load_block(folder: Path, index: int) -> tuple[dict[str, Any], dict[str, Any]
 
 def load_outer(folder: Path) -> dict[str, Any]:
     """The parameters outside the blocks as numpy arrays."""
-    return _restore(folder / "outer")["params"]
+    return load_tree(folder / "outer")["params"]
 
 
 def finished_blocks(folder: Path) -> int:
@@ -172,6 +172,35 @@ def disk_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
+def save_tree(path: Path, *, params: Any, record: Any = None) -> None:
+    """Writes a pytree of arrays, and JSON beside it, into a folder that appears whole or not at all."""
+    import orbax.checkpoint as ocp
+
+    items: dict[str, Any] = {"params": ocp.args.PyTreeSave(params)}
+    if record is not None:
+        items["record"] = ocp.args.JsonSave(record)
+    with _writing(path), _checkpointer() as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.Composite(**items))
+
+
+def load_tree(path: Path) -> Any:
+    """What `save_tree` wrote, `{"params": ..., "record": ...}`, leaves as numpy arrays.
+
+    Raises:
+      InputError: it is missing or damaged.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path} is missing; finish the run with --resume, or quantize the model again")
+    try:
+        with _checkpointer() as checkpointer:
+            return checkpointer.restore(path.absolute())
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{path} cannot be read ({reason}); delete it and run again with --resume, or quantize again"
+        ) from error
+
+
 def _block_folder(folder: Path, index: int) -> Path:
     return folder / "blocks" / f"{index:03d}"
 
@@ -199,29 +228,6 @@ def _checkpointer() -> Any:
     # Without compression the bytes on disk are those that the grids promise, whatever the weights are.
     params = ocp.PyTreeCheckpointHandler(use_compression=False)
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(params=params, record=ocp.JsonCheckpointHandler()))
-
-
-def _save(path: Path, *, params: Any, record: Any = None) -> None:
-    import orbax.checkpoint as ocp
-
-    items: dict[str, Any] = {"params": ocp.args.PyTreeSave(params)}
-    if record is not None:
-        items["record"] = ocp.args.JsonSave(record)
-    with _writing(path), _checkpointer() as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.Composite(**items))
-
-
-def _restore(path: Path) -> Any:
-    if not path.is_dir():
-        raise InputError(f"{path} is missing; finish the run with --resume, or quantize the model again")
-    try:
-        with _checkpointer() as checkpointer:
-            return checkpointer.restore(path.absolute())
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{path} cannot be read ({reason}); delete it and run again with --resume, or quantize again"
-        ) from error
 
 
 @contextlib.contextmanager

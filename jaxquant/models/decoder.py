@@ -31,6 +31,9 @@ Params = dict[str, Any]
 TAPS = tuple(tap for tap, _ in LINEARS)
 #: Taps that no linear reads: what attention reads, and a cache keeps.
 CACHE_TAPS = ("keys", "values")
+#: The residual stream as it leaves a block.
+STREAM = "stream"
+_ALL_TAPS = (*TAPS, *CACHE_TAPS, STREAM)
 
 
 @jax.tree_util.register_dataclass
@@ -68,12 +71,12 @@ def block(
       sliding: whether this block's attention is windowed; a Python bool skips the masked work.
       positions: int32 `[T]`, where the rotation places the tokens; by default they follow the cache.
       cache: this block's cache (leaves without the layer axis); `x` is appended to it.
-      taps: which of `TAPS` and `CACHE_TAPS` to return.
+      taps: which of `TAPS`, `CACHE_TAPS` and `STREAM` to return.
 
     Returns:
       The activations `[B, T, d]`, the updated cache, and the taps: `attn_in` `[B, T, d]` (q, k, v),
       `attn_out` `[B, T, H * head_dim]` (o), `mlp_in` `[B, T, d]` (gate, up), `mlp_hidden` `[B, T, f]` (down),
-      `keys` and `values` `[B, T, KV * head_dim]` as a cache keeps them.
+      `keys` and `values` `[B, T, KV * head_dim]` as a cache keeps them, `stream`: the activations again.
     """
     rotations = _rotations(config, _positions(x.shape[1], cache) if positions is None else positions)
     return _block(block_params, config, x, sliding, rotations, cache, tuple(taps))
@@ -87,17 +90,42 @@ def final_hidden(
     return hidden, cache
 
 
-def forward_embedded(
-    params: Params, config: ModelConfig, x: jax.Array, *, shifts: jax.Array | None = None
-) -> jax.Array:
-    """Logits float32 `[B, T, V]` of embedded tokens x `[B, T, d]`: what gradients at the inputs need.
+def hidden_of_embedded(
+    params: Params,
+    config: ModelConfig,
+    x: jax.Array,
+    *,
+    shifts: jax.Array | None = None,
+    taps: Sequence[str] = (),
+    remat: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Activations after the final norm `[B, T, d]` of embedded tokens, and taps `[L, B, T, .]`.
 
     Args:
       params: of the whole model.
-      x: as `embed` returns it.
+      x: `[B, T, d]`, as `embed` returns it.
       shifts: `[L, B, T, d]`, added to what enters each block; the gradient at 0 is that of the stream there.
+      taps: as in `forward`.
+      remat: keep only what enters each block for a backward pass, and compute the rest of it again.
+
+    Raises:
+      InputError: an unknown tap.
     """
-    return logits(params, config, _run(params, config, x, None, (), shifts=shifts)[0])
+    _check_taps(taps)
+    hidden, _, collected = _run(params, config, x, None, tuple(taps), shifts=shifts, remat=remat)
+    return hidden, collected
+
+
+def forward_embedded(
+    params: Params,
+    config: ModelConfig,
+    x: jax.Array,
+    *,
+    shifts: jax.Array | None = None,
+    remat: bool = False,
+) -> jax.Array:
+    """Logits float32 `[B, T, V]` of embedded tokens x `[B, T, d]`; arguments as in `hidden_of_embedded`."""
+    return logits(params, config, hidden_of_embedded(params, config, x, shifts=shifts, remat=remat)[0])
 
 
 def reduce_taps(
@@ -113,7 +141,7 @@ def reduce_taps(
     Args:
       tokens: int32 `[B, T]`.
       reduce: maps one tap's activations `[B, T, n]` to any pytree of arrays.
-      taps: which of `TAPS` and `CACHE_TAPS`.
+      taps: as in `forward`.
     """
     return _run(params, config, embed(params, config, tokens), None, tuple(taps), reduce)[2]
 
@@ -139,16 +167,14 @@ def forward(
     Args:
       params: see `init_params` for the tree.
       cache: keys and values of the tokens before these; see `init_cache`.
-      taps: which of `attn_in`, `attn_out`, `mlp_in`, `mlp_hidden`, `keys`, `values` to return, stacked over
-        layers.
+      taps: which of `attn_in`, `attn_out`, `mlp_in`, `mlp_hidden`, `keys`, `values`, `stream` to return,
+        stacked over layers; see `block`.
 
     Raises:
       InputError: more tokens than the cache can hold, or an unknown tap.
       UsageError: the parameters carry a rotation of the inputs of `down` that the config does not name.
     """
-    unknown = set(taps) - set(TAPS + CACHE_TAPS)
-    if unknown:
-        raise InputError(f"unknown taps {sorted(unknown)}; there are {', '.join(TAPS + CACHE_TAPS)}")
+    _check_taps(taps)
     hidden, cache, collected = _run(params, config, embed(params, config, tokens), cache, tuple(taps))
     return Output(logits=logits(params, config, hidden), cache=cache, taps=collected)
 
@@ -211,6 +237,7 @@ def _run(
     taps: tuple[str, ...],
     reduce: Callable[[jax.Array], Any] = lambda x: x,
     shifts: jax.Array | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, KVCache | None, dict[str, Any]]:
     """All blocks by one scan, final norm."""
     length = x.shape[1]
@@ -232,6 +259,8 @@ def _run(
         reduced = {tap: reduce(values) for tap, values in tapped.items()}
         return x, (None if own is None else (own.k, own.v), reduced)
 
+    # Inside a scan nothing is merged across iterations, so nothing need be kept from merging.
+    step = jax.checkpoint(step, prevent_cse=False) if remat else step
     x, (slices, collected) = lax.scan(step, x, (params["blocks"], sliding, slices, shifts))
     if cache is not None:
         cache = KVCache(k=slices[0], v=slices[1], length=cache.length + length)
@@ -289,7 +318,13 @@ def _block(
     values_by_tap |= {
         tap: heads.reshape(batch, length, -1) for tap, heads in zip(CACHE_TAPS, new, strict=True)
     }
+    values_by_tap[STREAM] = x
     return x, cache, {tap: values_by_tap[tap] for tap in taps}
+
+
+def _check_taps(taps: Sequence[str]) -> None:
+    if unknown := set(taps) - set(_ALL_TAPS):
+        raise InputError(f"unknown taps {sorted(unknown)}; there are {', '.join(_ALL_TAPS)}")
 
 
 def _quantize(x: jax.Array, grid: ActivationGrid | None, reader: Params) -> jax.Array | QActivation:

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, UInt8
 
 from jaxquant.errors import UsageError
@@ -197,13 +199,34 @@ class QActivation:
         return cls(codes, scale, lo, straight_through(grid._relaxed(x, codes, scale, lo), values), grid)
 
 
-@jax.custom_jvp
 def straight_through(smooth: Array, values: Array) -> Array:
-    """`values`, differentiated as if they were `smooth`, which is never computed without a gradient."""
-    del smooth
-    return values
+    """`values`, differentiated as if they were `smooth`, to any order; without a gradient `smooth` is free.
+
+    Both have one shape and dtype.
+    """
+    return _straight_through.bind(smooth, values)
 
 
-@straight_through.defjvp
-def _straight_through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    return primals[1], tangents[0]
+# A primitive, since `jax.custom_jvp` is forgotten where a scan is differentiated twice in reverse: the outer
+# gradient would see the rounding.
+_straight_through = Primitive("straight_through")
+_straight_through.def_impl(lambda smooth, values: values)
+_straight_through.def_abstract_eval(lambda smooth, values: values)
+
+
+def _jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Any]:
+    return straight_through(*primals), tangents[0]
+
+
+def _batch(arguments: tuple[Array, Array], axes: tuple[int | None, int | None]) -> tuple[Array, int]:
+    size = next(a.shape[i] for a, i in zip(arguments, axes, strict=True) if i is not None)
+
+    def front(a: Array, axis: int | None) -> Array:
+        return jnp.broadcast_to(a, (size, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
+
+    return straight_through(*map(front, arguments, axes)), 0
+
+
+ad.primitive_jvps[_straight_through] = _jvp
+batching.primitive_batchers[_straight_through] = _batch
+mlir.register_lowering(_straight_through, lambda context, smooth, values: [values])

@@ -85,13 +85,42 @@ def print_smoothness(result: dict[str, Any]) -> None:
         print(f"{label:28}" + "".join(f"{cell:>18}" for cell in cells).rstrip())
 
 
+class StepTable:
+    """Prints a line for every twentieth of a training run: means since the last one, and the time left."""
+
+    def __init__(self) -> None:
+        self._recent: list[dict[str, Any]] = []
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Takes an event of `train_model`."""
+        if event["event"] == "gradient" and event["done"] == event["total"]:
+            print("moments of the loss gradients taken", flush=True)
+        elif event["event"] == "resume":
+            print(f"going on after step {event['step']} of {event['steps']}", flush=True)
+        elif event["event"] == "step":
+            self._recent.append(event)
+            if event["step"] == event["steps"] or len(self._recent) == max(1, event["steps"] // 20):
+                self._print(event)
+
+    def _print(self, last: dict[str, Any]) -> None:
+        names = [name for name in ("kl", "hidden", "smooth", "seconds") if any(e[name] for e in self._recent)]
+        means = {name: sum(e[name] for e in self._recent) / len(self._recent) for name in names}
+        left = round(means.pop("seconds") * (last["steps"] - last["step"]))
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        remaining = f"  {left // 60}:{left % 60:02d} left" if left else ""
+        print(f"step {last['step']:>5} of {last['steps']}  {shown}{remaining}", flush=True)
+        self._recent = []
+
+
 def print_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """What a run left in `folder`, from the summary of `quantize_model`."""
+    """What a run left in `folder`, from the summary of `quantize_model` or `train_model`."""
+    errors = ""
+    if "mean_error" in summary:
+        errors = f"mean layer error {summary['mean_error']:.2e}, RTN {summary['mean_error_rtn']:.2e}; "
     print(
         f"{folder}: {summary['effective_bits']:.3f} effective bits, {summary['disk_bytes'] / 1e6:.1f} MB "
-        f"(original in 16 bits: {summary['source_bytes'] / 1e6:.1f} MB); mean layer error "
-        f"{summary['mean_error']:.2e}, RTN {summary['mean_error_rtn']:.2e}; {summary['seconds']:.0f} s; "
-        f"pictures in {folder / 'report.html'}"
+        f"(original in 16 bits: {summary['source_bytes'] / 1e6:.1f} MB); {errors}"
+        f"{summary['seconds']:.0f} s; pictures in {folder / 'report.html'}"
     )
 
 
@@ -104,6 +133,11 @@ def print_inspection(result: dict[str, Any]) -> None:
         f"{len(result['modules'])}, {bits} effective bits, "
         f"{result['bytes'] / 1e6:.2f} MB packed, {result['disk_bytes'] / 1e6:.2f} MB with embeddings, norms"
     )
+    if result["training"]:
+        options = ", ".join(
+            f"{name} {value}" for name, value in result["training"].items() if name != "start"
+        )
+        print(f"trained from {result['training']['start']['name']}: {options}")
     print(f"{result['state']}: {result['blocks']} of {result['blocks_total']} blocks")
     token = result["token"]
     online = [f"{token[key] / 1e6:.3g} M {what}" for key, what in _ONLINE.items() if token[key]]
@@ -113,4 +147,5 @@ def print_inspection(result: dict[str, Any]) -> None:
     print(f"per token of context: {cache:.3g} kB of cache ({cache_16:.3g} kB in 16 bits)")
     for row in result["modules"]:
         shape = "x".join(map(str, row["shape"]))
-        print(f"{row['module']:24} {shape:>11}  error {row['error']:.3e}  (RTN {row['error_rtn']:.3e})")
+        errors = f"error {row['error']:.3e}  (RTN {row['error_rtn']:.3e})" if "error" in row else ""
+        print(f"{row['module']:24} {shape:>11}  {errors}".rstrip())

@@ -14,6 +14,7 @@ from jax import lax
 from jaxquant.errors import UsageError
 from jaxquant.linalg import hadamard_transform
 from jaxquant.quant import ActivationGrid, QActivation
+from jaxquant.quant.activation import straight_through
 
 GRIDS = [
     ActivationGrid(bits=4),
@@ -233,3 +234,43 @@ def test_impossible_options(options, message):
 def test_a_group_that_does_not_divide_the_channels_names_those_that_do():
     with pytest.raises(UsageError, match="group_size=128; use 16, 18, 24, 32, 36, 48, None"):
         ActivationGrid(group_size=128).fit(jnp.zeros((1, 576)))
+
+
+def test_straight_through_is_exact_and_passes_gradients_of_any_order():
+    x = jnp.asarray([[0.3, 1.7], [-2.2, 0.5]])
+
+    def cubed(a):
+        return straight_through(a, jnp.round(a)) ** 3
+
+    np.testing.assert_array_equal(straight_through(x, jnp.round(x)), jnp.round(x))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(cubed))(x), jnp.round(x) ** 3)
+    one = jax.vmap(straight_through, in_axes=(1, None), out_axes=1)(x, jnp.ones(2))
+    np.testing.assert_array_equal(one, jnp.ones((2, 2)))
+    for value in (0.3, 1.7, -2.2):
+        assert jax.grad(cubed)(value) == 3 * round(value) ** 2
+        assert jax.grad(jax.grad(cubed))(value) == 6 * round(value)
+        assert jax.jvp(jax.grad(cubed), (value,), (1.0,))[1] == 6 * round(value)
+
+
+def test_straight_through_survives_a_scan_differentiated_twice_in_reverse():
+    """JAX forgets a custom derivative of what a scan does not differentiate the first time."""
+    places = jax.random.normal(jax.random.key(0), (3, 4, 4))
+
+    def through_primitive(a):
+        return straight_through(a, jnp.round(2 * a))
+
+    def by_sums(a):
+        return jax.lax.stop_gradient(jnp.round(2 * a) - a) + a
+
+    def gradient_of_gradient(through):
+        def inner(x, places):
+            return jnp.sum(jax.lax.scan(lambda x, a: (jnp.tanh(x @ through(a)), None), x, places)[0])
+
+        def outer(places):
+            return jnp.sum(jax.grad(inner)(jnp.ones((2, 4)), places) ** 2)
+
+        return jax.grad(outer)(places)
+
+    expected = gradient_of_gradient(by_sums)
+    assert float(jnp.max(jnp.abs(expected))) > 1e-3
+    np.testing.assert_allclose(gradient_of_gradient(through_primitive), expected, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,129 @@
+"""Training into a folder: an ordinary quantized model, from a grid or from another run, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_model import CONFIG, MemorySource
+
+from jaxquant.errors import InputError, UsageError
+from jaxquant.io import checkpoint
+from jaxquant.models.decoder import forward, init_params
+from jaxquant.named import named
+from jaxquant.pipeline import quantize_model
+from jaxquant.quant import Grid, QArray
+from jaxquant.train import Training, train_model
+
+GRID = Grid(bits=2, group_size=16, clip="mse")
+OPTIONS = Training(steps=6, batch=2, save_every=2, learning_rate=0.02)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return MemorySource(init_params(jax.random.key(0), CONFIG))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.asarray(jax.random.randint(jax.random.key(1), (8, 16), 0, 64), np.int32)
+
+
+@pytest.fixture(scope="module")
+def quantized(source, tokens, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start") / "q"
+    quantize_model(source, named("gptq", dataclasses.replace(GRID, bits=3)), tokens, folder)
+    return folder
+
+
+def leaves(folder):
+    return jax.tree.leaves(checkpoint.load_checkpoint(folder)[0])
+
+
+def kl(source, folder, tokens):
+    params, config = checkpoint.load_checkpoint(folder)
+    p, q = (
+        jax.nn.log_softmax(forward(*model, jnp.asarray(tokens)).logits)
+        for model in ((source.params, CONFIG), (params, config))
+    )
+    return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
+
+
+def test_the_result_is_a_quantized_model_that_is_nearer_to_the_original(source, tokens, tmp_path):
+    plain = tmp_path / "rtn"
+    quantize_model(source, named("rtn", GRID), tokens, plain)
+    options = dataclasses.replace(OPTIONS, steps=25)
+    summary = train_model(source, GRID, tokens, options, tmp_path / "t", describe={"seed": 0})
+    params, config = checkpoint.load_checkpoint(tmp_path / "t")
+    assert config == CONFIG
+    kernel = params["blocks"]["mlp"]["down"]["kernel"]
+    assert isinstance(kernel, QArray)
+    assert kernel.grid == GRID
+    assert params["blocks"]["attn_norm"].dtype == jnp.float32
+    assert params["embed"].dtype == jnp.float16
+    assert summary["effective_bits"] == pytest.approx(2 + 32 / 16)
+    assert summary["disk_bytes"] == checkpoint.disk_bytes(tmp_path / "t")
+    assert kl(source, tmp_path / "t", tokens) < 0.6 * kl(source, plain, tokens)
+    assert [path.name for path in (tmp_path / "t" / "train").iterdir()] == ["metrics.jsonl"]
+    manifest = checkpoint.read_manifest(tmp_path / "t")
+    assert manifest["training"]["steps"] == 25
+    assert manifest["calibration"]["seed"] == 0
+    again = train_model(source, GRID, tokens, options, tmp_path / "t", resume=True, describe={"seed": 0})
+    assert again == summary
+
+
+def test_training_starts_from_the_integers_of_a_folder(source, tokens, quantized, tmp_path):
+    still = dataclasses.replace(OPTIONS, steps=1, learning_rate=1e-9)
+    train_model(source, quantized, tokens, still, tmp_path / "still")
+    for one, other in zip(leaves(tmp_path / "still"), leaves(quantized), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3)
+    train_model(source, quantized, tokens, dataclasses.replace(OPTIONS, steps=25), tmp_path / "t")
+    assert kl(source, tmp_path / "t", tokens) < 0.9 * kl(source, quantized, tokens)
+
+
+@pytest.mark.parametrize("smoothness", ["layer", "gradient"])
+def test_a_killed_run_is_resumed_to_the_same_bits(source, tokens, tmp_path, smoothness):
+    options = dataclasses.replace(OPTIONS, smoothness=smoothness)
+
+    def kill(event):
+        if event["event"] == "step" and event["step"] == 3:
+            raise KeyboardInterrupt
+
+    train_model(source, GRID, tokens, options, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_model(source, GRID, tokens, options, tmp_path / "parts", on_event=kill)
+    with pytest.raises(InputError, match="finish the run with --resume"):
+        checkpoint.load_checkpoint(tmp_path / "parts")
+    with pytest.raises(UsageError, match="started with another training: steps was 6, is 7"):
+        train_model(
+            source, GRID, tokens, dataclasses.replace(options, steps=7), tmp_path / "parts", resume=True
+        )
+    events = []
+    train_model(source, GRID, tokens, options, tmp_path / "parts", resume=True, on_event=events.append)
+    assert [e["step"] for e in events if e["event"] == "resume"] == [2]
+    for one, other in zip(leaves(tmp_path / "whole"), leaves(tmp_path / "parts"), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_starts_that_do_not_fit_are_refused(source, tokens, quantized, tmp_path):
+    stranger = MemorySource(init_params(jax.random.key(9), CONFIG))
+    with pytest.raises(UsageError, match="was made from memory, which is not memory; give the model"):
+        train_model(stranger, quantized, tokens, OPTIONS, tmp_path / "a")
+    kept = tmp_path / "kept"
+    quantize_model(source, named("rtn-w16a8kv8", GRID), tokens, kept)
+    with pytest.raises(UsageError, match="keeps its weights in floating point"):
+        train_model(source, kept, tokens, OPTIONS, tmp_path / "b")
+
+
+def test_rotated_models_with_quantized_activations_are_trained_by_their_predictions(source, tokens, tmp_path):
+    start = tmp_path / "q"
+    quantize_model(source, named("quarot-w4a4kv4", dataclasses.replace(GRID, bits=4)), tokens, start)
+    with pytest.raises(UsageError, match=r"is rotated .* use hidden_weight 0"):
+        train_model(source, start, tokens, OPTIONS, tmp_path / "t")
+    options = dataclasses.replace(OPTIONS, steps=25, hidden_weight=0.0)
+    train_model(source, start, tokens, options, tmp_path / "t")
+    assert checkpoint.load_checkpoint(tmp_path / "t")[1].precision.attn_in is not None
+    assert kl(source, tmp_path / "t", tokens) < 0.9 * kl(source, start, tokens)
