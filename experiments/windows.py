@@ -129,10 +129,10 @@ class Bench:
         return own, [mean([row["perplexity"][name] for row in own]) for name in names]
 
 
-def mean(values: list[float]) -> str:
+def mean(values: list[float], *, digits: int = 2) -> str:
     """The mean, and the standard deviation where there are several."""
-    middle = statistics.fmean(values)
-    return f"{middle:.2f}" if len(values) == 1 else f"{middle:.2f} +- {statistics.stdev(values):.2f}"
+    middle = f"{statistics.fmean(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} +- {statistics.stdev(values):.{digits}f}"
 
 
 def _sha256(path: Path) -> str:

@@ -20,10 +20,13 @@ from jaxquant.io.source import Source
 from jaxquant.models.config import ModelConfig
 from jaxquant.pipeline import quantize_model
 from jaxquant.plan import token_cost
+from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe
 from jaxquant.records import Event, read_rows
 from jaxquant.report import write_report
 from jaxquant.smoothness import Tree, smoothness_comparison
+from jaxquant.train import Training, train_model
+from jaxquant.train.loop import METRICS
 
 Progress = Callable[[int, int], None]
 
@@ -85,6 +88,32 @@ def training_windows(
     return np.random.default_rng(seed).permutation(np.concatenate(parts))
 
 
+def train(
+    source: Source,
+    start: Grid | Path,
+    tokens: np.ndarray,
+    options: Training,
+    folder: Path,
+    *,
+    describe: dict[str, Any],
+    resume: bool,
+    on_event: Callable[[Event], None],
+) -> dict[str, Any]:
+    """`train_model`, then `report.html`; returns the summary."""
+    summary = train_model(
+        source, start, tokens, options, folder, resume=resume, describe=describe, on_event=on_event
+    )
+    report(folder)
+    return summary
+
+
+def training_words(training: Mapping[str, Any]) -> str:
+    """The `training` of a manifest for people."""
+    options = {name: value for name, value in training.items() if name != "start"}
+    words = ", ".join(f"{name} {value}" for name, value in options.items())
+    return f"trained from {training['start']['name']}: {words}"
+
+
 def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
     """Writes `report.html` of a finished run.
 
@@ -94,10 +123,12 @@ def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
     manifest = checkpoint.read_manifest(folder)
     summary, calibration = manifest["summary"], manifest["calibration"]
     recipe = Recipe.from_dict(manifest["recipe"])
+    training, name = manifest.get("training"), " + ".join(s.name or type(s).__name__ for s in recipe.stages)
     run = {
+        "verb": "train" if training else "quantize",
         "model": manifest["source"]["name"],
-        "recipe_name": " + ".join(stage.name or type(stage).__name__ for stage in recipe.stages),
-        "recipe": str(recipe),
+        "recipe_name": f"{name}, trained" if training else name,
+        "recipe": f"{recipe}; {training_words(training)}" if training else str(recipe),
         "grid": "weights in 16 bits" if recipe.keeps else str(recipe.grid),
         "effective_bits": summary["effective_bits"],
         "bytes_before": summary["source_bytes"],
@@ -120,7 +151,15 @@ def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
             **{key: evaluation[key] for key in ("kl", "kl_stderr", "top1", "text", "tokens")},
         }
     rows, pictures = read_rows(folder)
-    return write_report(folder, run, rows, smoothness=_kept(folder / _SMOOTHNESS), **pictures)
+    lines = folder / "train" / METRICS
+    return write_report(
+        folder,
+        run,
+        rows,
+        smoothness=_kept(folder / _SMOOTHNESS),
+        metrics=[json.loads(line) for line in lines.read_text().splitlines()] if training else (),
+        **pictures,
+    )
 
 
 def evaluate(
@@ -247,7 +286,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "bytes": packed,
         "disk_bytes": checkpoint.disk_bytes(folder),
         "calibration": manifest["calibration"],
-        "training": manifest.get("training"),
+        "training": training_words(manifest["training"]) if "training" in manifest else None,
         "versions": manifest["versions"],
         "token": token_cost(config, rotated=recipe.surgery is not None),
         "modules": rows,

@@ -283,3 +283,68 @@ def test_demo_runs_the_whole_tour(run, tmp_path, monkeypatch):
     code, again, _ = run("demo", "--model", "tiny")
     assert code == 0
     assert "blocks.0" not in again  # everything quantized is kept
+
+
+TRAIN = ["--bits", 2, "--group-size", 32, "--steps", 4, "--batch", 2, "--seqlen", 32, "--save-every", 2]
+
+
+def test_train_writes_an_ordinary_model_with_a_report(run, text, tmp_path):
+    folder = tmp_path / "t2"
+    code, out, _ = run("train", "tiny", *TRAIN, "--text", text, "--text", "corpus", "--mix", "3,1",
+                       "--smoothness", "neighborhood", "--out", folder, "--json")  # fmt: skip
+    assert code == 0
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [event["event"] for event in events] == ["step"] * 4 + ["done"]
+    metrics = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [{"event": "step", "steps": 4, **row} for row in metrics] == events[:4]
+    assert "<h2>Training</h2>" in (folder / "report.html").read_text()
+    code, out, _ = run("inspect", folder)
+    assert code == 0
+    assert "trained from rounding to nearest: steps 4" in out
+    assert "21 quantized linears of 21, 3.000 effective bits" in out
+    code, out, _ = run("smoothness", folder, "--against", "tiny", "--windows", 2, "--seqlen", 32, "--json")
+    assert code == 0
+    assert 0 < json.loads(out)["gradient_cosine"] <= 1
+    assert "<h2>Smoothness</h2>" in (folder / "report.html").read_text()
+
+
+def test_interrupted_training_tells_how_to_go_on(run, tmp_path, monkeypatch, quantized):
+    from jaxquant.train import loop
+
+    command = ["train", quantized[0], "--teacher", "tiny", *TRAIN[4:], "--out", tmp_path / "t"]
+    step, done = loop.train_step, []
+
+    def stop(*arguments, **options):
+        done.append(1)
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(loop, "train_step", stop)
+    code, out, err = run(*command)
+    assert code == cli.INTERRUPTED
+    assert "step     3 of 4  kl" in out
+    assert f"go on with: jaxquant train {quantized[0]} --teacher tiny --steps 4" in err
+    assert err.strip().endswith("--resume")
+    code, out, _ = run(*command, "--resume")
+    assert code == 0
+    assert "going on after step 2 of 4" in out
+    assert "4.500 effective bits" in out
+
+
+def test_training_refuses_what_does_not_fit(run, tmp_path, quantized):
+    out = ["--out", tmp_path / "t"]
+    for arguments, code, message in (
+        (["tiny", "--mix", "1,2"], 2, "--mix 1,2: give one positive number for each of the 1 texts"),
+        (["tiny", "--text", "corpus", "--text", "corpus"], 2, "names a text twice"),
+        (["tiny", "--teacher", "tiny"], 2, "--teacher has no effect with tiny"),
+        ([quantized[0]], 2, "name the model it was made from with --teacher"),
+        ([quantized[0], "--teacher", "tiny", "--bits", "3"], 2, "--bits has no effect"),
+        (["tiny", "--group-size", "48"], 2, "128 inputs are not divisible by group_size=48"),
+        (["tiny", "--batch", "4", "--accumulate", "3"], 2, "cannot be computed in accumulate=3 parts"),
+        (["tiny", "--smoothness", "silk"], 2, "unknown smoothness 'silk'"),
+        (["tiny", "--seqlen", "100000"], 2, "this model takes 2 to 512 tokens"),
+    ):
+        found, _, err = run("train", *arguments, *out)
+        assert (found, message in err) == (code, True), err
+    assert not (tmp_path / "t").exists()

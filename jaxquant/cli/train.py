@@ -81,7 +81,7 @@ def train(
     from jaxquant.io import checkpoint, open_model
     from jaxquant.quant import Grid
     from jaxquant.report import terminal
-    from jaxquant.train import Training, train_model
+    from jaxquant.train import Training
 
     start: Grid | Path = Path(model).expanduser()
     if checkpoint.is_checkpoint(start):
@@ -121,7 +121,7 @@ def train(
     describe = {"text": ", ".join(texts), "seed": seed}
     show: Any = print_line if as_json else terminal.StepTable()
     with resumable():
-        summary = train_model(
+        summary = jobs.train(
             source, start, tokens, options, out, resume=resume, describe=describe, on_event=show
         )
     if not as_json:

@@ -42,7 +42,7 @@ def tune_scales(
     learning_rate: float = 5e-3,
     batch: int = 1,
     seed: int = 0,
-) -> tuple[Any, Float[Array, "2"]]:
+) -> tuple[Any, Float[Array, 2]]:
     """Adam on a factor `exp(m)` for every scale of a block, its rate decaying like a cosine.
 
         |B_q(h) - B(h)|^2 / |B(h) - h|^2 + weight |J_q^T v - J^T v|^2 / |J^T v - v|^2,   v ~ N(0, 1)

@@ -184,6 +184,28 @@ def window_panel(title: str, values: Sequence[float], mean: float, *, logarithmi
     return _svg(f"{title} of {len(values)} windows, mean {mean:.3g}; 1 is the original", parts)
 
 
+def curve_panel(title: str, values: Sequence[float]) -> str:
+    """What a number was at every step, on a log scale, at most as many points as are wide apart enough.
+
+    Args:
+      title: what it is.
+      values: of all steps.
+    """
+    low, high = _log_range([value for value in values if _drawable(value)])
+    last = max(len(values) - 1, 1)
+    kept = range(0, len(values), max(1, len(values) // 200))
+    line = "L".join(
+        f"{_LEFT + i / last * (_WIDTH - _LEFT - _RIGHT):.1f},{_log_y(values[i], low, high):.1f}"
+        for i in kept
+        if _drawable(values[i])
+    )
+    parts = [_title(title), *_log_rules(low, high), _baseline()]
+    parts += [f'<path class="line method c0" d="M{line}"/>'] if line else []
+    parts.append(_text(_LEFT, _HEIGHT - 12, f"{len(values)} steps", "start"))
+    parts.append(_text(_WIDTH - _RIGHT, 15, f"{values[-1]:.3g}", "end", style="panel-title"))
+    return _svg(f"{title} over {len(values)} steps, {values[0]:.3g} to {values[-1]:.3g}", parts)
+
+
 def tree_panel(title: str, nodes: Sequence[dict[str, Any]]) -> str:
     """A decoding tree from left to right: tokens as labels, width by probability, shared nodes filled.
 

@@ -24,22 +24,24 @@ def write_report(
     histograms: Iterable[dict[str, Any]] = (),
     sites: Iterable[dict[str, Any]] = (),
     smoothness: dict[str, Any] | None = None,
+    metrics: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Writes `report.html` into `folder`: self-contained, for phones, light and dark.
 
     Args:
       folder: an existing folder; an older report in it is replaced.
-      run: `model`, `recipe` (in words), `recipe_name`, `grid` (in words), `effective_bits`, `bytes_before`,
-        `bytes_after`, `calibration`, `samples`, `seqlen`, `tokens`, `seed`, `seconds`, `versions` (dict), and
-        optionally `evaluation`: any of `perplexity_before`, `perplexity_after`, `kl`, `kl_stderr`, `top1`,
-        `text`, `tokens`.
+      run: `verb` (quantize, train), `model`, `recipe` (in words), `recipe_name`, `grid` (in words),
+        `effective_bits`, `bytes_before`, `bytes_after`, `calibration`, `samples`, `seqlen`, `tokens`, `seed`,
+        `seconds`, `versions` (dict), and optionally `evaluation`: any of `perplexity_before`,
+        `perplexity_after`, `kl`, `kl_stderr`, `top1`, `text`, `tokens`.
       rows: one dict per linear: `module`, `block`, `linear`, `shape` `[in, out]`, `bits`, `group_size`,
         `error_rtn`, `error` (shares of the output energy that are lost), `damping`, `attempts`, `fallback`,
-        `seconds`.
+        `seconds`; a trained linear has what comes before `error_rtn`.
       histograms: `{"module", "edges" [n + 1], "counts" [n], "levels"}` for the linears to be shown.
       sites: `{"module", "before", "after", "rest", "error_before", "error"}` for the activations to be shown:
         channels by size before a surgery, after it, and less the offset of their group.
       smoothness: the result of `jobs.smoothness`.
+      metrics: of every step of a training run: `kl`, `hidden`, `smooth`.
 
     Returns:
       The path of the file.
@@ -49,6 +51,7 @@ def write_report(
         _headline(run, rows),
         _section("How it was made", _facts(run, rows)),
         _section("Size", figures.size_bars(run["bytes_before"], run["bytes_after"])),
+        _training(metrics),
         _errors(run, rows),
         _smoothness(smoothness),
         _sites(list(sites)),
@@ -91,7 +94,7 @@ def _headline(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     if ratio is not None:
         cards.append((f"{ratio:.2f}\u00d7", "error relative to rounding to nearest (geometric mean)"))
     cards += _evaluation_cards(run.get("evaluation") or {})
-    cards.append((_duration(run["seconds"]), "to quantize"))
+    cards.append((_duration(run["seconds"]), f"to {run['verb']}"))
     body = "".join(
         f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
         for value, label in cards
@@ -142,8 +145,8 @@ def _definitions(facts: list[tuple[str, str]]) -> str:
 
 
 def _incidents(rows: Sequence[dict[str, Any]]) -> str:
-    retried = sum(row["attempts"] > 1 for row in rows)
-    fallen = sum(bool(row["fallback"]) for row in rows)
+    retried = sum(row.get("attempts", 0) > 1 for row in rows)
+    fallen = sum(row.get("fallback", False) for row in rows)
     notes = [
         f"{retried} needed more damping" if retried else "",
         f"{fallen} rounded to nearest" if fallen else "",
@@ -151,8 +154,19 @@ def _incidents(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(f", {note}" for note in notes if note)
 
 
+def _training(metrics: Sequence[dict[str, Any]]) -> str:
+    names = {"kl": "Divergence", "hidden": "Residual stream", "smooth": "Smoothness"}
+    panels = "".join(
+        f"<figure>{figures.curve_panel(title, values)}</figure>"
+        for name, title in names.items()
+        if any(values := [row[name] for row in metrics])
+    )
+    note = "Losses on the text it was trained on, step by step, with the last one's: see jaxquant.train."
+    return _section("Training", f'<div class="panels">{panels}</div>', note) if panels else ""
+
+
 def _errors(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    if all(row["bits"] == 16 for row in rows):
+    if all(row["bits"] == 16 or "error" not in row for row in rows):
         return ""
     method = str(run["recipe_name"])
     key = f'<p class="key"><i class="thin"></i> RTN <i class="thick"></i> {html.escape(method)}</p>'
@@ -251,14 +265,20 @@ def _table_row(row: dict[str, Any]) -> str:
         "\u00d7".join(map(str, row["shape"])),
         str(row["bits"]),
         "column" if row["group_size"] is None else str(row["group_size"]),
-        f"{row['error_rtn']:.3g}",
-        f"{row['error']:.3g}" + (" (RTN)" if row["fallback"] else ""),
-        "" if ratio is None else f"{ratio:.2f}",
-        f"{row['damping']:.2g}",
-        str(row["attempts"]),
-        f"{row['seconds']:.1f}",
+        *(
+            ("",) * 6
+            if "error" not in row
+            else (
+                f"{row['error_rtn']:.3g}",
+                f"{row['error']:.3g}" + (" (RTN)" if row["fallback"] else ""),
+                "" if ratio is None else f"{ratio:.2f}",
+                f"{row['damping']:.2g}",
+                str(row["attempts"]),
+                f"{row['seconds']:.1f}",
+            )
+        ),
     ]
-    odd = ' class="odd"' if row["fallback"] or row["attempts"] > 1 else ""
+    odd = ' class="odd"' if row.get("fallback") or row.get("attempts", 0) > 1 else ""
     return (
         f'<tr{odd}><th scope="row">{swatch}{html.escape(row["module"])}</th>'
         f"{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
@@ -266,7 +286,7 @@ def _table_row(row: dict[str, Any]) -> str:
 
 
 def _ratio(row: dict[str, Any]) -> float | None:
-    return row["error"] / row["error_rtn"] if row["error_rtn"] else None
+    return row["error"] / row["error_rtn"] if row.get("error_rtn") else None
 
 
 def _mean_ratio(rows: Sequence[dict[str, Any]]) -> float | None:

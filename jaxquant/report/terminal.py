@@ -134,10 +134,7 @@ def print_inspection(result: dict[str, Any]) -> None:
         f"{result['bytes'] / 1e6:.2f} MB packed, {result['disk_bytes'] / 1e6:.2f} MB with embeddings, norms"
     )
     if result["training"]:
-        options = ", ".join(
-            f"{name} {value}" for name, value in result["training"].items() if name != "start"
-        )
-        print(f"trained from {result['training']['start']['name']}: {options}")
+        print(result["training"])
     print(f"{result['state']}: {result['blocks']} of {result['blocks_total']} blocks")
     token = result["token"]
     online = [f"{token[key] / 1e6:.3g} M {what}" for key, what in _ONLINE.items() if token[key]]

@@ -84,6 +84,7 @@ def make_smoothness() -> dict:
 
 def make_run(**changes) -> dict:
     return {
+        "verb": "quantize",
         "model": "smollm2-135m",
         "recipe": "GPTQ (act-order, static groups, damping 0.01), W4 g64 asymmetric, mse clip search",
         "recipe_name": "gptq",
