@@ -10,7 +10,20 @@ from jaxquant.errors import UsageError
 from jaxquant.models.config import Precision
 from jaxquant.quant import ActivationGrid, Grid
 from jaxquant.recipe import Recipe, chain, masked
-from jaxquant.stages import AWQ, FINE, GPTQ, OSAQ, RTN, Best, CoordinateDescent, Keep, MagR, Refit, Stage
+from jaxquant.stages import (
+    AWQ,
+    FINE,
+    GPTQ,
+    OSAQ,
+    RTN,
+    Best,
+    CoordinateDescent,
+    Keep,
+    MagR,
+    Refit,
+    Stage,
+    Tune,
+)
 from jaxquant.surgery import OffQ, QuaRot, SpinQuant
 
 
@@ -37,6 +50,7 @@ NAMES: dict[str, Callable[[GPTQ, int], tuple[Stage, ...]]] = {
     "gptq-refit": lambda gptq, bits: (gptq, Refit()),
     "gptq-cd": lambda gptq, bits: (gptq, CoordinateDescent()),
     "gptq-fine": lambda gptq, bits: (gptq, CoordinateDescent(), _fine()),
+    "gptq-tune": lambda gptq, bits: (gptq, CoordinateDescent(), Tune()),
     "awq-rtn": lambda gptq, bits: (AWQ(), RTN()),
     "awq-gptq": lambda gptq, bits: (AWQ(), gptq),
     "magr-rtn": lambda gptq, bits: (MagR(), RTN()),

@@ -20,7 +20,7 @@ from jaxquant.errors import NonFiniteError
 from jaxquant.folder import kept_gradients, open_run, storable, token_facts, versions
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source
-from jaxquant.methods import Problem, rtn
+from jaxquant.methods import Problem, layer_error, rtn
 from jaxquant.models.config import EXACT, LINEARS, ModelConfig
 from jaxquant.models.decoder import block as block_forward
 from jaxquant.plan import plan
@@ -172,6 +172,7 @@ def _quantize_block(
     # A quarter of the samples judges where the recipe has a choice.
     judges = np.arange(len(hidden)) % 4 == 3
     holds_out = recipe.holds_out and judges.any() and not recipe.folds
+    problems: dict[str, Problem] = {}
     # One pass serves all taps; true-sequential order needs a pass after each quantized group of linears.
     for stage in [[group] for group in LINEARS] if recipe.true_sequential else [list(LINEARS)]:
         kept = {path for _, paths in stage for path in paths if recipe.at(f"blocks.{index}.{path}").keeps}
@@ -202,7 +203,8 @@ def _quantize_block(
             own = recipe.at(f"blocks.{index}.{path}")
             if path in kept:
                 record["rows"].append(records.kept_row(kernel, index, path))
-                on_event({"event": "row", **record["rows"][-1]})
+                if not recipe.finishes:
+                    on_event({"event": "row", **record["rows"][-1]})
                 continue
             judged = holds_out and own.holds_out
             problem = Problem.of(
@@ -219,11 +221,28 @@ def _quantize_block(
                 record["histograms"].append(records.histogram(kernel, packed, row["module"]))
             params = {**params, part: {**params[part], name: {**params[part][name], "kernel": packed}}}
             record["rows"].append(row)
-            on_event({"event": "row", **row})
+            if recipe.finishes:
+                problems[path] = problem
+            else:
+                on_event({"event": "row", **row})
+    for finish in recipe.finishes:
+        params = finish(
+            params,
+            original,
+            jnp.asarray(hidden),
+            apply=_block_function(config, sliding),
+            reference=_block_function(config.in_floats(), sliding),
+        )
+    for row in record["rows"] if recipe.finishes else ():
+        part, name = row["linear"].split(".")
+        if (problem := problems.get(row["linear"])) is not None:
+            values = params[part][name]["kernel"].dequantize()
+            row["error"] = float(layer_error(values, problem.target, problem.moments.second))
+        on_event({"event": "row", **row})
     return params, record
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _block_function(config: ModelConfig, sliding: bool) -> Callable[[Any, jax.Array], jax.Array]:
     """One function object per kind of block, so that what takes it as a static argument compiles once."""
     return lambda params, x: block_forward(params, config, x.astype(config.dtype), sliding=sliding)[0]

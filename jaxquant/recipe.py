@@ -4,9 +4,9 @@
 
 A stage (see `stages`) is a frozen dataclass of options. A `Surgery` rotates the model, a `Fold` changes a
 whole block, a `Transform` maps `Problem -> Problem`, a `Rounding` maps `Problem -> Rounded`, a `Refinement`
-maps `(Problem, Rounded) -> Rounded`; a chain has them in this order, with one rounding and at most one
-surgery. A recipe is called with the problem of one layer, under `jit` and `vmap` too; it is JSON and TOML
-both ways. Recipes with names are in `named`.
+maps `(Problem, Rounded) -> Rounded`, a `Finish` changes a whole block again; a chain has them in this order,
+with one rounding and at most one surgery. A recipe is called with the problem of one layer, under `jit` and
+`vmap` too; it is JSON and TOML both ways. Recipes with names are in `named`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from jaxquant.stages import (
     RTN,
     STAGES,
     Best,
+    Finish,
     Fold,
     Keep,
     Refinement,
@@ -67,7 +68,7 @@ class Recipe:
 
     Attributes:
       grid: of the result.
-      stages: a surgery, folds, transforms, one rounding, refinements.
+      stages: a surgery, folds, transforms, one rounding, refinements, finishes.
       precision: what is quantized while the model runs, and while it is calibrated.
       true_sequential: linears of a block are calibrated with the block's earlier linears already quantized.
       hessian: `"input"`, `sum x x^T`; or `"fisher"`, the same with tokens weighted by the squared loss
@@ -89,7 +90,7 @@ class Recipe:
         if ranks != sorted(ranks) or ranks.count(_rank(RTN())) != 1:
             shown = ", ".join(map(str, self.stages)) or "nothing"
             raise UsageError(
-                f"a chain is a surgery, folds, transforms, one rounding, refinements; got {shown}"
+                f"a chain is a surgery, folds, transforms, one rounding, refinements, finishes; got {shown}"
             )
         if self.keeps and len(self.stages) > 1 + len(self._of(Surgery)):
             shown = ", ".join(map(str, self.stages))
@@ -124,18 +125,22 @@ class Recipe:
         whole = [
             recipe
             for _, recipe in self.rules
-            if recipe.folds or recipe.surgery or recipe.true_sequential or recipe.precision != EXACT
+            if recipe.folds
+            or recipe.surgery
+            or recipe.finishes
+            or recipe.true_sequential
+            or recipe.precision != EXACT
         ]
         if whole or any((r.hessian, r.mask) != (self.hessian, self.mask) for _, r in self.rules):
             raise UsageError(
-                "surgeries, folds, precision, true_sequential, hessian and mask concern whole blocks; give "
-                "them to the default recipe (hessian and mask to the rules as well)"
+                "surgeries, folds, finishes, precision, true_sequential, hessian and mask concern whole "
+                "blocks; give them to the default recipe (hessian and mask to the rules as well)"
             )
 
     def __call__(self, problem: Problem) -> Rounded:
         """The rounded layer, `stats.error` against `problem.target`.
 
-        Folds, masked stages and rules need a place in a model: call `recipe.at(path)` first.
+        Folds, finishes, masked stages and rules need a place in a model: call `recipe.at(path)` first.
         """
         return _compiled(self.stages, problem)
 
@@ -153,6 +158,11 @@ class Recipe:
     def folds(self) -> tuple[Fold, ...]:
         """The stages that change whole blocks; `at` leaves them out."""
         return self._of(Fold)
+
+    @property
+    def finishes(self) -> tuple[Finish, ...]:
+        """The stages that change whole blocks once they are rounded; `at` leaves them out."""
+        return self._of(Finish)
 
     def runtime(self, config: ModelConfig) -> ModelConfig:
         """The config of the quantized model.
@@ -201,7 +211,7 @@ class Recipe:
                 return recipe.at(path)
         kept = []
         for stage in self.stages:
-            if isinstance(stage, (Surgery, Fold)):
+            if isinstance(stage, (Surgery, Fold, Finish)):
                 continue
             if not isinstance(stage, Masked):
                 kept.append(stage)
@@ -297,7 +307,7 @@ def chain(
 def masked(stage: Stage, pattern: str) -> Masked:
     """`stage` only for modules in whose path the regular expression `pattern` is found."""
     _check_pattern(pattern)
-    if isinstance(stage, (Surgery, Fold)):
+    if isinstance(stage, (Surgery, Fold, Finish)):
         raise UsageError(f"{stage} changes a whole block and cannot be masked")
     return Masked(stage, pattern)
 
@@ -343,9 +353,9 @@ def _against_target(problem: Problem, rounded: Rounded) -> Rounded:
 
 
 def _rank(stage: Stage) -> int:
-    """Place in a chain: surgeries, folds, transforms, roundings, refinements."""
+    """Place in a chain: surgeries, folds, transforms, roundings, refinements, finishes."""
     stage = stage.stage if isinstance(stage, Masked) else stage
-    for rank, kind in enumerate((Surgery, Fold, (Transform, Best), Rounding, Refinement)):
+    for rank, kind in enumerate((Surgery, Fold, (Transform, Best), Rounding, Refinement, Finish)):
         if isinstance(stage, kind):
             return rank
     raise UsageError(f"{stage!r} is no stage: derive it from Transform, Rounding or Refinement")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxquant.calibrate.moments import Moments, merge
 from jaxquant.errors import UsageError
@@ -24,6 +24,7 @@ from jaxquant.methods import (
     osaq,
     refit_grid,
     rtn,
+    tune_scales,
     two_sided_descent,
 )
 from jaxquant.methods.gptq import Groups
@@ -77,6 +78,22 @@ class Fold(Stage):
         Facts are `norm_plus_one`, `equal_heads`, `apply` and `inputs`, see `methods.awq`; inputs are those of
         a few samples.
         """
+        raise NotImplementedError
+
+
+class Finish(Stage):
+    """Improves a block once all its linears are rounded."""
+
+    def __call__(
+        self,
+        block_params: Any,
+        original: Any,
+        inputs: Float[Array, "samples seqlen d"],
+        *,
+        apply: Callable[[Any, Array], Array],
+        reference: Callable[[Any, Array], Array],
+    ) -> Any:
+        """The improved block; `apply` runs it, `reference` the original, both on `inputs`."""
         raise NotImplementedError
 
 
@@ -356,3 +373,37 @@ class AWQ(Fold):
 
     def __str__(self) -> str:
         return "AWQ" if self.objective == "linear" else "AWQ (output of the block)"
+
+
+@register("tune")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tune(Finish):
+    """Scales of a block learned by gradient descent; options as in `methods.tune.tune_scales`."""
+
+    weight: float = 0.1
+    steps: int = 48
+    learning_rate: float = 5e-3
+    batch: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.weight >= 0 and self.learning_rate > 0) or self.steps < 0 or self.batch < 1:
+            raise UsageError(
+                f"{self!r}: weight and steps must not be negative, learning_rate and batch must be positive"
+            )
+
+    def __call__(
+        self,
+        block_params: Any,
+        original: Any,
+        inputs: Float[Array, "samples seqlen d"],
+        *,
+        apply: Callable[[Any, Array], Array],
+        reference: Callable[[Any, Array], Array],
+    ) -> Any:
+        """See `methods.tune.tune_scales`."""
+        options = dataclasses.asdict(self)
+        return tune_scales(block_params, original, inputs, apply=apply, reference=reference, **options)[0]
+
+    def __str__(self) -> str:
+        return f"tuned scales (weight {self.weight:g}, {self.steps} steps of {self.learning_rate:g})"

@@ -29,7 +29,7 @@ from jaxquant.plan import plan
 from jaxquant.quant import Grid, QArray
 from jaxquant.recipe import by_path, chain, masked
 from jaxquant.records import read_rows
-from jaxquant.stages import AWQ, FINE, GPTQ, RTN, Best, Keep, MagR
+from jaxquant.stages import AWQ, FINE, GPTQ, RTN, Best, Keep, MagR, Tune
 
 GRID = Grid(bits=3, group_size=16, clip="mse")
 RECIPE = named("gptq", GRID)
@@ -137,6 +137,10 @@ def test_reload_is_bit_exact_and_runs(finished, tokens):
     chain(AWQ(objective="block", steps=4), RTN(), grid=GRID),
     chain(GPTQ(), grid=GRID, hessian="fisher", mask="first"),
     named("osaq-gptq-fine", GRID),
+    chain(AWQ(), GPTQ(), Tune(steps=4), grid=GRID, true_sequential=False),
+    dataclasses.replace(
+        named("offq-w4a4kv4", GRID), stages=(*named("offq-w4a4kv4", GRID).stages, Tune(steps=4))
+    ),
     pytest.param(named("osaq-dagger", GRID), marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_every_option_gives_a_loadable_model(recipe, params, tokens, tmp_path):
@@ -433,6 +437,34 @@ def test_fine_gives_forward_error_for_backward_error(params, tokens, tmp_path):
     assert errors["fine"][0] < 1.2 * errors["gptq"][0]
     with np.load(tmp_path / "fine" / "output_moments.npz") as stored:
         np.testing.assert_allclose(stored["mlp.up"][1], gradients[1]["mlp.up"], rtol=1e-5)
+
+
+def test_tuned_scales_enter_the_rows_and_survive_an_interrupt(params, tokens, tmp_path):
+    recipe = chain(GPTQ(), Tune(steps=8), grid=GRID)
+    summary = quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q")
+    plain = quantize_model(MemorySource(params), RECIPE, tokens, tmp_path / "plain")
+    tuned, untuned = leaves_of(tmp_path / "q"), leaves_of(tmp_path / "plain")
+    down = next(key for key in tuned if "down" in key and "words" in key)
+    np.testing.assert_array_equal(tuned[down][0], untuned[down][0])
+    scales = down.replace("words", "scale")
+    assert not np.array_equal(tuned[scales][0], untuned[scales][0])
+    # GPTQ's scales were chosen for the weights; outputs of the block are worth other errors of its linears.
+    assert 0 < summary["mean_error"] != plain["mean_error"]
+    original = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
+    x = embed({"embed": params["embed"].astype(jnp.float16)}, CONFIG, jnp.asarray(tokens))
+    taps = block(original, CONFIG, x, sliding=False, taps=TAPS)[2]
+    saved, record = checkpoint.load_block(tmp_path / "q", 0)
+    row = next(row for row in record["rows"] if row["linear"] == "attn.q")
+    values = saved["attn"]["q"]["kernel"].dequantize()
+    second = observe(taps["attn_in"]).second
+    assert row["error"] == pytest.approx(
+        float(layer_error(values, original["attn"]["q"]["kernel"], second)), rel=1e-3
+    )
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(MemorySource(params, fail_at=2), recipe, tokens, tmp_path / "r")
+    quantize_model(MemorySource(params), recipe, tokens, tmp_path / "r", resume=True)
+    for key, leaf in leaves_of(tmp_path / "r").items():
+        np.testing.assert_array_equal(leaf, tuned[key])
 
 
 def test_fine_needs_gradients():

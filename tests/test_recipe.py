@@ -27,6 +27,7 @@ from jaxquant.stages import (
     Refinement,
     Refit,
     Transform,
+    Tune,
     register,
 )
 
@@ -283,3 +284,19 @@ def test_a_candidate_that_fails_is_not_chosen(layer):
     rounded = chain(Best((Broken(),)), RTN(), grid=GRID)(Problem.of(*layer, GRID))
     assert int(rounded.stats.choice) == 0
     assert bool(rounded.stats.finite)
+
+
+def test_a_finish_comes_last_and_concerns_whole_blocks(tmp_path):
+    recipe = chain(GPTQ(), Tune(steps=7, weight=0.0), grid=GRID)
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    assert read_toml(tmp_path / "recipe.toml") == recipe
+    assert recipe.at("blocks.0.attn.q").stages == (GPTQ(),)
+    assert str(recipe).startswith("GPTQ (act-order, static groups, damping 0.01) + tuned scales (weight 0, 7")
+    with pytest.raises(UsageError, match="one rounding, refinements, finishes; got"):
+        chain(Tune(), GPTQ(), grid=GRID)
+    with pytest.raises(UsageError, match="changes a whole block and cannot be masked"):
+        masked(Tune(), "q")
+    with pytest.raises(UsageError, match="folds, finishes, precision"):
+        by_path({"q": recipe}, chain(GPTQ(), grid=GRID))
+    with pytest.raises(UsageError, match="weight and steps must not be negative"):
+        Tune(steps=-1)

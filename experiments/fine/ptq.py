@@ -46,6 +46,7 @@ METHODS = {
     "GPTQ": lambda grid: named("gptq", grid),
     "GPTQ + CD": lambda grid: named("gptq-cd", grid),
     "GPTQ + FINE": lambda grid: named("gptq-fine", grid),
+    "GPTQ + CD + tuned": lambda grid: named("gptq-tune", grid),
     "GPTQ + FINE everywhere": lambda grid: chain(GPTQ(), FINE(), grid=grid),
     "GPTQ + FINE backward": lambda grid: chain(GPTQ(), FINE(objective="backward"), grid=grid),
     "OSAQ + GPTQ": lambda grid: named("osaq-gptq", grid),
@@ -142,10 +143,11 @@ def write(bench: Bench) -> None:
                 wrote = [mean([t[k] for t in texts]) if texts else "" for k in GENERATION]
                 lines.append([str(bits), method, *cells, forward, back, *smooth, *wrote, str(len(own))])
     bench.write_table(
-        "Asymmetric grids, groups of 64, clip search, GPTQ with act-order and static groups, CD with 4 sweeps. "
-        "FINE: by the loss, strength 4, at queries and keys behind GPTQ and CD; the same everywhere; or by "
-        "backward errors, strength .1, everywhere. Errors are means over linears; KL from the original on "
-        "WikiText-2; input gradients against the original's; greedy continuations of 6 prompts.",
+        "Asymmetric grids, groups of 64, clip search, GPTQ with act-order and static groups, CD with 4 "
+        "sweeps. FINE: by the loss, strength 4, at queries and keys behind GPTQ and CD; the same "
+        "everywhere; or by backward errors, strength .1, everywhere. Errors are means over "
+        "linears; KL from the original on WikiText-2; input gradients against the original's; "
+        "greedy continuations of 6 prompts.",
         ["bits", "method", "WikiText-2", "C4", "forward error", "backward error", "KL", "gradient ratio",
          "gradient cosine", "distinct pairs", "repeated quadruples", "agreement", "seeds"],
         lines,

@@ -13,6 +13,7 @@ from jaxquant.methods.rotate import Rotations, fold_norms, quarot, rotate
 from jaxquant.methods.rounded import Rounded, Stats, layer_error
 from jaxquant.methods.rtn import rtn
 from jaxquant.methods.spin import cayley_step, spin
+from jaxquant.methods.tune import tune_scales
 
 __all__ = [
     "Problem",
@@ -43,5 +44,6 @@ __all__ = [
     "rtn",
     "softmax_infinity",
     "spin",
+    "tune_scales",
     "two_sided_descent",
 ]

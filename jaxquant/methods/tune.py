@@ -42,7 +42,7 @@ def tune_scales(
     learning_rate: float = 5e-3,
     batch: int = 1,
     seed: int = 0,
-) -> tuple[Any, Float[Array, 2]]:
+) -> tuple[Any, Float[Array, " pair"]]:
     """Adam on a factor `exp(m)` for every scale of a block, its rate decaying like a cosine.
 
         |B_q(h) - B(h)|^2 / |B(h) - h|^2 + weight |J_q^T v - J^T v|^2 / |J^T v - v|^2,   v ~ N(0, 1)
@@ -98,9 +98,9 @@ def tune_scales(
         (inputs, cotangents),
     )
     leaves, tree = jax.tree.flatten(params, is_leaf=_is_packed)
-    start = [jnp.zeros(leaf.scale.shape, inputs.dtype) if _is_packed(leaf) else None for leaf in leaves]
+    start: Any = [jnp.zeros(leaf.scale.shape, inputs.dtype) if _is_packed(leaf) else None for leaf in leaves]
 
-    def moved(moves: list[Array | None], *, stored: bool) -> list[Any]:
+    def moved(moves: list[Any], *, stored: bool) -> list[Any]:
         found = []
         for leaf, move in zip(leaves, moves, strict=True):
             if move is not None:
@@ -110,7 +110,7 @@ def tune_scales(
             found.append(leaf)
         return found
 
-    def objective(moves: list[Array | None], some: Array, *, stored: bool) -> Array:
+    def objective(moves: list[Any], some: Array, *, stored: bool) -> Array:
         dense = [
             leaf.dequantize(inputs.dtype) if _is_packed(leaf) else leaf
             for leaf in moved(moves, stored=stored)
@@ -121,15 +121,16 @@ def tune_scales(
             total += price * jnp.sum(jnp.square(a - b[some])) / jnp.sum(jnp.square(b[some]))
         return total
 
-    def judge(moves: list[Array | None]) -> Array:
+    def judge(moves: list[Any]) -> Array:
         return jnp.mean(jax.lax.map(lambda i: objective(moves, i[None], stored=True), judging))
 
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
 
     def step(state: tuple[Any, Any], some: Array) -> tuple[tuple[Any, Any], None]:
         moves, memory = state
-        gradient = jax.grad(functools.partial(objective, stored=False))(moves, some)
-        updates, memory = optimizer.update(gradient, memory)
+        gradient = jax.grad(lambda moves: objective(moves, some, stored=False))(moves)
+        with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+            updates, memory = optimizer.update(gradient, memory)
         return (optax.apply_updates(moves, updates), memory), None
 
     def some_steps(state: Any, order: Array) -> tuple[Any, None]:

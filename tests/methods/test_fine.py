@@ -50,9 +50,8 @@ def values_of(rounded):
 
 @pytest.mark.parametrize("shape", [(96, 40), (64, 64), (70, 16)])
 @pytest.mark.parametrize("symmetric", [False, True])
-@both
-def test_the_objective_falls_with_every_sweep(shape, symmetric, descend):
-    strength = {loss_descent: 4.0, two_sided_descent: 0.1}[descend]
+@pytest.mark.parametrize(("descend", "strength"), [(two_sided_descent, 0.1), (loss_descent, 4.0)])
+def test_the_objective_falls_with_every_sweep(shape, symmetric, descend, strength):
     with jax.enable_x64(True):
         problem, rounded, outputs = layer(*shape, 2, group_size=None, symmetric=symmetric)
         before = objective(values_of(rounded), problem, outputs, strength, descend)
