@@ -14,7 +14,7 @@ from jaxquant.io.checkpoint import PATHS
 from jaxquant.linalg import base_order
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.recipe import Recipe
-from jaxquant.stages import RTN, Keep
+from jaxquant.stages import RTN, Keep, Tune
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
     # 450 MB: the interpreter, JAX and its compiler.
     peak = 450e6 + 4 * embeddings + 3 * 4 * weights + hessians + solve + activations
 
-    solving = sum(not isinstance(stage, (RTN, Keep)) for stage in recipe.stages)
+    solving = sum(not isinstance(stage, (RTN, Keep, Tune)) for stage in recipe.stages)
     solves = solving * sum(n * n * m * 4 + n**3 for n, m in shapes.values())
     passes = (1 + len(LINEARS)) if recipe.true_sequential else 2
     products = passes * 2 * tokens * weights + 2 * tokens * sum(n * n for n in taps)
@@ -93,6 +93,14 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
         outputs = sum(m * m for _, m in shapes.values())
         products += 2 * tokens * outputs
         peak += 2 * 4 * layers * outputs
+    for stage in recipe.finishes:
+        if not isinstance(stage, Tune):  # of a user, who knows
+            continue
+        # Samples run forward: steps forward and back, at most 4 judges 9 times, all once for a target; with a
+        # price for gradients each of these is three.
+        runs = (3 * stage.steps * stage.batch + 36 + samples) * (3 if stage.weight else 1)
+        products += 2 * runs * seqlen * weights
+        peak += 4 * 4 * tokens * config.hidden_size
     # The solve is a chain of small steps and runs at about a tenth of the speed of large products.
     seconds = layers * (products + 10 * solves) / _flops_per_second() + 20 + 0.3 * layers
     return Plan(

@@ -118,7 +118,7 @@ def gradient_loss(gradient: Float[Array, "B T d"], known: Float[Array, "B T d"])
 
     Its own gradient with respect to the student's parameters is a double backward pass.
     """
-    return jnp.sum(jnp.square(gradient - known)) / jnp.sum(jnp.square(known))
+    return jnp.sum(jnp.square(gradient - known)) / jnp.maximum(jnp.sum(jnp.square(known)), 1e-30)
 
 
 def neighborhood_loss(
