@@ -18,7 +18,8 @@ from jaxquant.train import State, Training, latent_params, layer_loss, merge, sp
 from jaxquant.train.loop import METRICS
 
 GRID = Grid(bits=2, group_size=16, clip="mse")
-OPTIONS = Training(steps=8, batch=4, save_every=3, learning_rate=0.02)
+# Every other set of options is compiled anew.
+OPTIONS = Training(steps=24, batch=4, save_every=9, learning_rate=0.02, smooth_share=1.0, smooth_warmup=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,21 @@ def outputs():
     return {path: jnp.einsum("lti,ltj->lij", g, g) for path in ("mlp.down", "attn.q")}
 
 
+@pytest.fixture(scope="module")
+def runs(student, teacher, tokens, outputs):
+    """Of every smoothness loss: the rows of its run, and the parameters after it."""
+    found = {}
+    for smoothness in ("none", "gradient", "neighborhood", "layer"):
+        rows, options = [], dataclasses.replace(OPTIONS, smoothness=smoothness)
+        result = train(student, teacher, tokens, options, outputs=outputs, on_event=rows.append)
+        found[smoothness] = rows, result
+    return found
+
+
 @pytest.mark.parametrize("smoothness", ["none", "gradient", "neighborhood"])
-def test_every_loss_falls(student, teacher, tokens, smoothness):
-    options = dataclasses.replace(OPTIONS, steps=25, smoothness=smoothness, smooth_share=0.5)
-    rows = []
-    train(student, teacher, tokens, options, on_event=rows.append)
-    assert [row["step"] for row in rows] == list(range(1, 26))
+def test_every_loss_falls(runs, smoothness):
+    rows, _ = runs[smoothness]
+    assert [row["step"] for row in rows] == list(range(1, 25))
     first, last = (
         {key: np.mean([row[key] for row in part]) for key in ("kl", "hidden", "smooth")}
         for part in (rows[:4], rows[-4:])
@@ -58,24 +68,19 @@ def test_every_loss_falls(student, teacher, tokens, smoothness):
     assert (last["smooth"] < 0.9 * first["smooth"]) == (smoothness != "none")
 
 
-def test_the_layer_loss_falls_where_errors_can_cancel(student, teacher, tokens, outputs):
-    options = dataclasses.replace(OPTIONS, steps=25, smoothness="layer", smooth_share=2.0)
-    losses = []
-    for smoothness in ("none", "layer"):
-        result = train(
-            student, teacher, tokens, dataclasses.replace(options, smoothness=smoothness), outputs=outputs
-        )
-        losses.append(float(layer_loss((result, CONFIG), teacher, outputs)))
-    assert losses[1] < 0.8 * float(layer_loss(student, teacher, outputs))
-    assert losses[1] < 0.8 * losses[0]
+def test_the_layer_loss_falls_where_errors_can_cancel(runs, student, teacher, outputs):
+    before, plain, felt = (
+        float(layer_loss((params, CONFIG), teacher, outputs))
+        for params in (student[0], runs["none"][1], runs["layer"][1])
+    )
+    assert felt < 0.8 * before
+    assert felt < 0.8 * plain
 
 
-def test_the_smoothness_term_rises_over_the_first_steps(student, teacher, tokens):
-    options = dataclasses.replace(OPTIONS, smoothness="gradient", smooth_warmup=0.5, smooth_share=1.0)
-    rows = []
-    train(student, teacher, tokens, options, on_event=rows.append)
-    shares = [(row["loss"] - row["kl"] - row["hidden"]) / row["kl"] for row in rows]
-    np.testing.assert_allclose(shares, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1], rtol=1e-3)
+def test_the_smoothness_term_rises_over_the_first_steps(runs):
+    shares = [(row["loss"] - row["kl"] - row["hidden"]) / row["kl"] for row in runs["gradient"][0]]
+    expected = np.minimum(np.arange(1, 25) / 6, 1)
+    np.testing.assert_allclose(shares, expected, rtol=1e-3)
 
 
 def test_parts_of_a_batch_add_up(student, teacher, tokens):
@@ -100,7 +105,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(student, teacher, tokens, tmp_pat
         pass
 
     def kill(event):
-        if event["event"] == "step" and event["step"] == 5:
+        if event["event"] == "step" and event["step"] == 14:
             raise KilledError
 
     options = dataclasses.replace(OPTIONS, smoothness="neighborhood")
@@ -108,11 +113,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(student, teacher, tokens, tmp_pat
     with pytest.raises(KilledError):
         train(student, teacher, tokens, options, folder=tmp_path / "parts", on_event=kill)
     with (tmp_path / "parts" / METRICS).open("a") as lines:
-        lines.write('{"step": 6, "lo')  # what a kill may leave
-    (tmp_path / "parts" / "state-00000006.orbax-checkpoint-tmp").mkdir()
+        lines.write('{"step": 15, "lo')  # what a kill may leave
+    (tmp_path / "parts" / "state-00000018.orbax-checkpoint-tmp").mkdir()
     events = []
     parts = train(student, teacher, tokens, options, folder=tmp_path / "parts", on_event=events.append)
-    assert events[0] == {"event": "resume", "step": 3, "steps": 8}
+    assert events[0] == {"event": "resume", "step": 9, "steps": 24}
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_array_equal(one, other)
     rows = [
@@ -121,13 +126,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(student, teacher, tokens, tmp_pat
     ]
     kept = [[{k: v for k, v in row.items() if k != "seconds"} for row in lines] for lines in rows]
     assert kept[0] == kept[1]
-    assert len(kept[0]) == 8
-    assert [path.name for path in (tmp_path / "parts").glob("state-*")] == ["state-00000008"]
+    assert len(kept[0]) == 24
+    assert [path.name for path in (tmp_path / "parts").glob("state-*")] == ["state-00000024"]
 
 
-def test_what_is_not_trained_stays(student, teacher, tokens):
-    result = train(student, teacher, tokens, OPTIONS)
-    (moved, rest), (before, kept) = split(result), split(student[0])
+def test_what_is_not_trained_stays(runs, student):
+    (moved, rest), (before, kept) = split(runs["none"][1]), split(student[0])
     for one, other in zip(jax.tree.leaves(rest), jax.tree.leaves(kept), strict=True):
         np.testing.assert_array_equal(one, other)
     assert all(

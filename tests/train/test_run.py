@@ -19,7 +19,8 @@ from jaxquant.quant import Grid, QArray
 from jaxquant.train import Training, train_model
 
 GRID = Grid(bits=2, group_size=16, clip="mse")
-OPTIONS = Training(steps=6, batch=2, save_every=2, learning_rate=0.02)
+# Every other set of options is compiled anew.
+OPTIONS = Training(steps=20, batch=4, save_every=6, learning_rate=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,7 @@ def kl(source, folder, tokens):
 def test_the_result_is_a_quantized_model_that_is_nearer_to_the_original(source, tokens, tmp_path):
     plain = tmp_path / "rtn"
     quantize_model(source, named("rtn", GRID), tokens, plain)
-    options = dataclasses.replace(OPTIONS, steps=25)
-    summary = train_model(source, GRID, tokens, options, tmp_path / "t", describe={"seed": 0})
+    summary = train_model(source, GRID, tokens, OPTIONS, tmp_path / "t", describe={"seed": 0})
     params, config = checkpoint.load_checkpoint(tmp_path / "t")
     assert config == CONFIG
     kernel = params["blocks"]["mlp"]["down"]["kernel"]
@@ -69,27 +69,25 @@ def test_the_result_is_a_quantized_model_that_is_nearer_to_the_original(source, 
     assert kl(source, tmp_path / "t", tokens) < 0.6 * kl(source, plain, tokens)
     assert [path.name for path in (tmp_path / "t" / "train").iterdir()] == ["metrics.jsonl"]
     manifest = checkpoint.read_manifest(tmp_path / "t")
-    assert manifest["training"]["steps"] == 25
+    assert manifest["training"]["steps"] == 20
     assert manifest["calibration"]["seed"] == 0
-    again = train_model(source, GRID, tokens, options, tmp_path / "t", resume=True, describe={"seed": 0})
+    again = train_model(source, GRID, tokens, OPTIONS, tmp_path / "t", resume=True, describe={"seed": 0})
     assert again == summary
 
 
 def test_training_starts_from_the_integers_of_a_folder(source, tokens, quantized, tmp_path):
-    still = dataclasses.replace(OPTIONS, steps=1, learning_rate=1e-9)
-    train_model(source, quantized, tokens, still, tmp_path / "still")
-    for one, other in zip(leaves(tmp_path / "still"), leaves(quantized), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3)
-    train_model(source, quantized, tokens, dataclasses.replace(OPTIONS, steps=25), tmp_path / "t")
+    events = []
+    train_model(source, quantized, tokens, OPTIONS, tmp_path / "t", on_event=events.append)
+    # The first step's loss is that of the model as it was quantized.
+    np.testing.assert_allclose(events[0]["kl"], kl(source, quantized, tokens[:4]), rtol=1e-2)
     assert kl(source, tmp_path / "t", tokens) < 0.9 * kl(source, quantized, tokens)
 
 
-@pytest.mark.parametrize("smoothness", ["layer", "gradient"])
-def test_a_killed_run_is_resumed_to_the_same_bits(source, tokens, tmp_path, smoothness):
-    options = dataclasses.replace(OPTIONS, smoothness=smoothness)
+def test_a_killed_run_is_resumed_to_the_same_bits(source, tokens, tmp_path):
+    options = dataclasses.replace(OPTIONS, smoothness="layer")
 
     def kill(event):
-        if event["event"] == "step" and event["step"] == 3:
+        if event["event"] == "step" and event["step"] == 15:
             raise KeyboardInterrupt
 
     train_model(source, GRID, tokens, options, tmp_path / "whole")
@@ -97,13 +95,13 @@ def test_a_killed_run_is_resumed_to_the_same_bits(source, tokens, tmp_path, smoo
         train_model(source, GRID, tokens, options, tmp_path / "parts", on_event=kill)
     with pytest.raises(InputError, match="finish the run with --resume"):
         checkpoint.load_checkpoint(tmp_path / "parts")
-    with pytest.raises(UsageError, match="started with another training: steps was 6, is 7"):
+    with pytest.raises(UsageError, match="started with another training: steps was 20, is 7"):
         train_model(
             source, GRID, tokens, dataclasses.replace(options, steps=7), tmp_path / "parts", resume=True
         )
     events = []
     train_model(source, GRID, tokens, options, tmp_path / "parts", resume=True, on_event=events.append)
-    assert [e["step"] for e in events if e["event"] == "resume"] == [2]
+    assert [e["step"] for e in events if e["event"] == "resume"] == [12]
     for one, other in zip(leaves(tmp_path / "whole"), leaves(tmp_path / "parts"), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -123,7 +121,7 @@ def test_rotated_models_with_quantized_activations_are_trained_by_their_predicti
     quantize_model(source, named("quarot-w4a4kv4", dataclasses.replace(GRID, bits=4)), tokens, start)
     with pytest.raises(UsageError, match=r"is rotated .* use hidden_weight 0"):
         train_model(source, start, tokens, OPTIONS, tmp_path / "t")
-    options = dataclasses.replace(OPTIONS, steps=25, hidden_weight=0.0)
+    options = dataclasses.replace(OPTIONS, hidden_weight=0.0)
     train_model(source, start, tokens, options, tmp_path / "t")
     assert checkpoint.load_checkpoint(tmp_path / "t")[1].precision.attn_in is not None
     assert kl(source, tmp_path / "t", tokens) < 0.9 * kl(source, start, tokens)
