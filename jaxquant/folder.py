@@ -162,9 +162,9 @@ def _difference(old: Event, new: Event) -> str:
     """In words, what differs between two parts of manifests; empty where nothing that matters does."""
     before, after = _flat(old), _flat(new)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    if not set(keys) - set(_LABELS):
+    if all(key.rpartition(".")[2] in _LABELS for key in keys):
         return ""
-    told = [key for key in keys if key not in _DIGESTS]
+    told = [key for key in keys if key.rpartition(".")[2] not in _DIGESTS]
     return ", ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in told or keys)
 
 

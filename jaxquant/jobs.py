@@ -75,15 +75,22 @@ def training_windows(
       source: the model whose tokens they are.
       texts: what `read_text` takes, and the share of windows that each has, relative to the others.
       samples, seqlen, seed: see `calibrate.text.windows`.
+
+    Raises:
+      UsageError: a share is less than a window.
     """
     check_seqlen(seqlen, source.config)
     shares = np.asarray(list(texts.values()))
     # Rounded so that the counts add up.
-    ends = np.round(samples * np.cumsum(shares) / shares.sum()).astype(int)
+    counts = np.diff(np.round(samples * np.cumsum(shares) / shares.sum()).astype(int), prepend=0)
+    if not counts.all():
+        raise UsageError(
+            f"{list(texts)[int(counts.argmin())]}: its share of {samples} windows is less than one; give "
+            "it a larger share, or take more steps"
+        )
     parts = [
         calibration_windows(source, text, samples=int(count), seqlen=seqlen, seed=seed)
-        for text, count in zip(texts, np.diff(ends, prepend=0), strict=True)
-        if count
+        for text, count in zip(texts, counts, strict=True)
     ]
     return np.random.default_rng(seed).permutation(np.concatenate(parts))
 
@@ -157,7 +164,7 @@ def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
         run,
         rows,
         smoothness=_kept(folder / _SMOOTHNESS),
-        metrics=[json.loads(line) for line in lines.read_text().splitlines()] if training else (),
+        metrics=[json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else (),
         **pictures,
     )
 
@@ -227,7 +234,7 @@ def smoothness(
         "text": text,
         "windows": len(batch),
         "seqlen": seqlen,
-        "prompt_tokens": min(_PROMPT, seqlen),
+        "prompt_tokens": found.prompt,
     }
     for name, estimate in found.estimates.items():
         result[name] = estimate.mean
@@ -236,7 +243,7 @@ def smoothness(
     original, own = found.trees[0]
     decode = model.tokenizer.decode
     result["trees"] = {
-        "prompt": decode(batch[0, :_PROMPT].tolist()),
+        "prompt": decode(batch[0, : found.prompt].tolist()),
         "reference": _drawn(original, own, decode),
         "model": _drawn(own, original, decode),
     }

@@ -172,7 +172,7 @@ def _quantize_block(
     # A quarter of the samples judges where the recipe has a choice.
     judges = np.arange(len(hidden)) % 4 == 3
     holds_out = recipe.holds_out and judges.any() and not recipe.folds
-    problems: dict[str, Problem] = {}
+    judged_by: dict[str, tuple[jax.Array, Moments]] = {}
     # One pass serves all taps; true-sequential order needs a pass after each quantized group of linears.
     for stage in [[group] for group in LINEARS] if recipe.true_sequential else [list(LINEARS)]:
         kept = {path for _, paths in stage for path in paths if recipe.at(f"blocks.{index}.{path}").keeps}
@@ -222,7 +222,7 @@ def _quantize_block(
             params = {**params, part: {**params[part], name: {**params[part][name], "kernel": packed}}}
             record["rows"].append(row)
             if recipe.finishes:
-                problems[path] = problem
+                judged_by[path] = problem.target, moments[tap]
             else:
                 on_event({"event": "row", **row})
     for finish in recipe.finishes:
@@ -235,9 +235,10 @@ def _quantize_block(
         )
     for row in record["rows"] if recipe.finishes else ():
         part, name = row["linear"].split(".")
-        if (problem := problems.get(row["linear"])) is not None:
+        if row["linear"] in judged_by:
+            target, seen_by = judged_by[row["linear"]]
             values = params[part][name]["kernel"].dequantize()
-            row["error"] = float(layer_error(values, problem.target, problem.moments.second))
+            row["error"] = float(layer_error(values, target, seen_by.second))
         on_event({"event": "row", **row})
     return params, record
 

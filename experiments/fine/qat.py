@@ -51,7 +51,7 @@ WINDOWS = 16
 
 
 def grids(group_size: int) -> dict[str, Grid]:
-    ternary = {"symmetric": True, "convention": "restricted"}
+    ternary = {"symmetric": True, "convention": "narrow"}
     return {
         "W2": Grid(bits=2, group_size=group_size, clip="mse"),
         "W1.58": Grid(bits=2, group_size=group_size, clip="mse", **ternary),

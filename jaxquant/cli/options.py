@@ -21,6 +21,10 @@ QuantizedArgument = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 BitsOption = Annotated[int, typer.Option("--bits", help="Bits per weight, 1 to 8.")]
+ConventionOption = Annotated[
+    str,
+    typer.Option("--convention", help="Range of a symmetric grid: half-step, restricted, narrow or full."),
+]
 GroupSizeOption = Annotated[
     int, typer.Option("--group-size", help="Inputs that share a scale; 0: one scale per output column.")
 ]

@@ -12,6 +12,7 @@ import typer
 
 from jaxquant.cli.options import (
     BitsOption,
+    ConventionOption,
     GroupSizeOption,
     JsonOption,
     ModelArgument,
@@ -39,9 +40,7 @@ def quantize(
     bits: BitsOption = 4,
     group_size: GroupSizeOption = 64,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Symmetric grid, no zero points.")] = False,
-    convention: Annotated[
-        str, typer.Option("--convention", help="Range of a symmetric grid: half-step, restricted or full.")
-    ] = "half-step",
+    convention: ConventionOption = "half-step",
     clip_search: Annotated[
         bool, typer.Option("--clip-search/--no-clip-search", help="Shrink ranges to the least squared error.")
     ] = True,

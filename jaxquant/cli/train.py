@@ -9,6 +9,7 @@ import typer
 
 from jaxquant.cli.options import (
     BitsOption,
+    ConventionOption,
     GroupSizeOption,
     JsonOption,
     QuantizedArgument,
@@ -29,9 +30,7 @@ def train(
     bits: BitsOption = 2,
     group_size: GroupSizeOption = 64,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Symmetric grid, no zero points.")] = False,
-    convention: Annotated[
-        str, typer.Option("--convention", help="Range of a symmetric grid: half-step, restricted or full.")
-    ] = "half-step",
+    convention: ConventionOption = "half-step",
     text: Annotated[
         list[str] | None,
         typer.Option("--text", help="What to train on, repeatable; as --calibration of quantize."),

@@ -193,7 +193,10 @@ def load_tree(path: Path) -> Any:
         raise InputError(f"{path} is missing; finish the run with --resume, or quantize the model again")
     try:
         with _checkpointer() as checkpointer:
-            return checkpointer.restore(path.absolute())
+            items = checkpointer.restore(path.absolute())
+        if "params" not in items:
+            raise ValueError("no parameters in it")
+        return items
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

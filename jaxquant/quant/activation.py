@@ -211,7 +211,13 @@ def straight_through(smooth: Array, values: Array) -> Array:
 # gradient would see the rounding.
 _straight_through = Primitive("straight_through")
 _straight_through.def_impl(lambda smooth, values: values)
-_straight_through.def_abstract_eval(lambda smooth, values: values)
+
+
+@_straight_through.def_abstract_eval
+def _check(smooth: Any, values: Any) -> Any:
+    if (smooth.shape, smooth.dtype) != (values.shape, values.dtype):
+        raise TypeError(f"straight_through: {smooth.str_short()} and {values.str_short()} must be alike")
+    return values
 
 
 def _jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Any]:

@@ -12,13 +12,14 @@ from jaxtyping import Array, Float, Shaped, UInt
 from jaxquant.errors import UsageError
 from jaxquant.quant.packing import block_rows, packed_rows
 
-Convention = Literal["half-step", "restricted", "full"]
+Convention = Literal["half-step", "restricted", "full", "narrow"]
 Clip = Literal["minmax", "mse"]
 
 # Denominators of `scale = max|w| / DEN`, b bits.
 _DENOMINATOR = {
     "half-step": lambda b: (2**b - 1) / 2,  # GPTQ's reference code, compressed-tensors, gpt-fast
     "restricted": lambda b: 2 ** (b - 1) - 1,  # QuaRot, SpinQuant, AWQ
+    "narrow": lambda b: 2 ** (b - 1) - 1,  # BitNet b1.58 at 2 bits
     "full": lambda b: 2 ** (b - 1),  # auto-round, GGUF Q4_0; the extreme keeps its sign
 }
 _CLIP_STEPS = 80
@@ -41,7 +42,8 @@ class Grid:
         `False`: `scale = (hi - lo) / (2**b - 1)`, `zero = round(-lo / scale)`, `lo <= 0 <= hi`, an integer
         in `0 .. 2**b - 1`.
       convention: range of a symmetric grid, `scale = max|w| / DEN`: `"half-step"` DEN = (2**b - 1)/2,
-        `"restricted"` DEN = 2**(b-1) - 1, `"full"` DEN = 2**(b-1) with the sign of the extreme in the scale.
+        `"restricted"` DEN = 2**(b-1) - 1, `"narrow"` the same without the lowest code, so that levels are
+        symmetric (2 bits: three of them), `"full"` DEN = 2**(b-1) with the sign of the extreme in the scale.
         At 2 bits the convention matters more than the algorithm, so tables name it.
       clip: `"minmax"` keeps the whole range; `"mse"` tries the shrink factors 1, .99, .., .21 and keeps that
         with the least squared error per group; up to 2 bits it tries the neighbouring zeros too.
@@ -104,6 +106,11 @@ class Grid:
         """Zero of a symmetric grid."""
         return 2.0 ** (self.bits - 1) if self.bits > 1 else 0.5
 
+    @property
+    def lowest(self) -> int:
+        """The lowest code in use: 1 on a narrow symmetric grid, else 0."""
+        return int(self.symmetric and self.convention == "narrow" and self.bits > 1)
+
     def fit(
         self, w: Float[Array, "*stack in out"]
     ) -> tuple[Float[Array, "*stack groups out"], Float[Array, "*stack groups out"] | None]:
@@ -130,7 +137,7 @@ class Grid:
         scale: Float[Array, "*stack groups out"],
         zero: Float[Array, "*stack groups out"] | None,
     ) -> UInt[Array, "*stack in out"]:
-        """Nearest codes (ties to even), `clip(round(w / scale) + zero, 0, 2**bits - 1)` as uint8."""
+        """Nearest codes (ties to even), `clip(round(w / scale) + zero, lowest, 2**bits - 1)` as uint8."""
         w = _real(w)
         zero = self._zero(zero, w.dtype)
         zero = zero if zero.ndim == 0 else zero[..., None, :]
@@ -166,7 +173,7 @@ class Grid:
     def _encode(self, w: Array, scale: Array, zero: Array) -> Array:
         # round(w / scale) + zero is what the field computes; a half-integer zero (1 bit) must shift first.
         whole = jnp.floor(zero)
-        return jnp.clip(jnp.round(w / scale + (zero - whole)) + whole, 0, 2**self.bits - 1)
+        return jnp.clip(jnp.round(w / scale + (zero - whole)) + whole, self.lowest, 2**self.bits - 1)
 
     def storable(self, scale: Array) -> Array:
         """A scale as it will be stored: rounded to `scale_dtype`, kept off 0 and infinity."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.errors import NonFiniteError
+from jaxquant.errors import NonFiniteError, UsageError
 from jaxquant.evaluate.scoring import Progress, check_windows, head_only, over_tokens
 from jaxquant.models import decoder
 from jaxquant.models.cache import KVCache, init_cache
@@ -72,10 +72,12 @@ class SmoothnessComparison:
           nodes whose path reaches the limit under the model, whatever its rank;
         `tree_nodes`, `tree_branching`, `.._reference`, and `tree_shared` nodes.
       trees: of every prompt, the reference's and the model's.
+      prompt: tokens before each of them.
     """
 
     estimates: dict[str, Estimate]
     trees: tuple[tuple[Tree, Tree], ...]
+    prompt: int
 
 
 def smoothness_comparison(
@@ -103,9 +105,11 @@ def smoothness_comparison(
 
     Raises:
       InputError: windows do not suit the models.
-      UsageError: the embeddings of the two have nothing to do with one another.
+      UsageError: the embeddings of the two have nothing to do with one another, or a prompt below 2.
       NonFiniteError: a model gives NaN or infinity.
     """
+    if prompt < 2:
+        raise UsageError(f"prompt={prompt}: trees need at least 2 tokens before them")
     windows = check_windows(check_windows(windows, model[1]), reference[1])
     total = 3 * len(windows)
 
@@ -122,16 +126,15 @@ def smoothness_comparison(
     }
     found |= candidate_estimates(model, reference, windows, progress=after(len(windows)))
     longest = min(config.max_position for _, config in (model, reference)) - _DEPTH
+    prompt = min(prompt, windows.shape[1], longest)
     rows, trees = [], []
     for index, window in enumerate(windows):
-        own, pair = _behind_prompt(
-            model, reference, window[: min(prompt, longest)], jax.random.fold_in(key, index)
-        )
+        own, pair = _behind_prompt(model, reference, window[:prompt], jax.random.fold_in(key, index))
         rows.append(own)
         trees.append(pair)
         after(2 * len(windows))(index + 1, total)
     found |= _by_window(rows)
-    return SmoothnessComparison(estimates=found, trees=tuple(trees))
+    return SmoothnessComparison(estimates=found, trees=tuple(trees), prompt=prompt)
 
 
 def candidate_estimates(

@@ -89,7 +89,7 @@ def jaccard(mask: Bool[Array, "*tokens V"], other: Bool[Array, "*tokens V"]) -> 
 def nearest_tokens(
     embedding: Float[Array, "V d"], tokens: Int[Array, " n"], count: int = 10
 ) -> Int[Array, "n {count}"]:
-    """The `count` other tokens whose embeddings are nearest (Euclidean) to those of `tokens`."""
+    """The `count` < V other tokens whose embeddings are nearest (Euclidean) to those of `tokens`."""
     table = embedding.astype(jnp.float32)
     own = jnp.take(table, tokens, axis=0)
     products = jnp.matmul(own, table.T, precision="highest")

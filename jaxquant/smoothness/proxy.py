@@ -140,9 +140,17 @@ def local_lipschitz(
 
 
 def token_kl(logits: Float[Array, "*tokens V"], other: Float[Array, "*tokens V"]) -> Float[Array, "*tokens"]:
-    """`KL(softmax(logits) | softmax(other))` in nats, in float32."""
+    """`KL(softmax(logits) | softmax(other)) = sum_v p (e^x - 1 - x)`, `x = log q - log p`, nats, float32.
+
+    The first two terms add up to 0; with them no term is negative, and a small divergence keeps its digits.
+    """
     p, q = (jax.nn.log_softmax(a.astype(jnp.float32)) for a in (logits, other))
-    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    apart = q - p
+    near = jnp.abs(apart) < 1
+    # Where x is large, e^x may overflow while p e^x = q does not.
+    small = jnp.where(near, apart, 0)
+    terms = jnp.where(near, jnp.exp(p) * (jnp.expm1(small) - small), jnp.exp(q) - jnp.exp(p) * (1 + apart))
+    return jnp.sum(terms, axis=-1)
 
 
 def _sequence_loss(logits: Float[Array, "B T V"], targets: Int[Array, "B T-1"]) -> Float[Array, " B"]:

@@ -69,7 +69,7 @@ class Latent:
 
     def project(self) -> Latent:
         """Places brought back into the range of the grid, `lowest - 1/2 .. 2^bits - 1/2`."""
-        low, high = lowest_code(self.grid), 2**self.grid.bits - 1
+        low, high = self.grid.lowest, 2**self.grid.bits - 1
         return dataclasses.replace(self, place=jnp.clip(self.place, low - _MARGIN, high + _MARGIN))
 
     def values(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*stack in out"]:
@@ -98,11 +98,6 @@ class Latent:
     def _scale(self) -> Array:
         scale = self.scale * jnp.exp(self.stretch)
         return straight_through(scale, self.grid.storable(scale))
-
-
-def lowest_code(grid: Grid) -> int:
-    """The lowest code in use: 1 on a restricted symmetric grid, whose 2 bits so hold three levels, else 0."""
-    return int(grid.symmetric and grid.convention == "restricted" and grid.bits > 1)
 
 
 def latent_params(params: dict[str, Any], grid: Grid | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from jaxquant.errors import NonFiniteError, UsageError
+from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.io import checkpoint
 from jaxquant.models.config import ModelConfig
 from jaxquant.records import Event
@@ -51,7 +52,8 @@ class Training:
     Attributes:
       steps: updates.
       batch: windows of an update.
-      accumulate: parts that a batch is computed in, one after another.
+      accumulate: parts that a batch is computed in, one after another; `"gradient"` is then a mean of ratios,
+        one for each part.
       learning_rate: Adam's, in shares of a level and of a scale (see `Latent`); peak of a cosine to 0.
       warmup: share of the steps in which it rises from 0.
       clip_norm: the gradient is shortened to this norm.
@@ -90,14 +92,14 @@ class Training:
                 f"unknown smoothness {self.smoothness!r}; use one of {', '.join(get_args(Smoothness))}"
             )
         for name in ("learning_rate", "clip_norm", "radius"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name}={getattr(self, name)}: must be positive")
         for name in ("warmup", "smooth_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name}={getattr(self, name)}: must be a share of the steps, 0 to 1")
         for name in ("hidden_weight", "smooth_share"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name}={getattr(self, name)}: must be a number of at least 0")
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam behind a clipped norm, its rate as the attributes say."""
@@ -181,7 +183,9 @@ def train_step(
             smooth = layer_loss(student, known, outputs)
         if options.smoothness != "none":
             weight = options.smooth_share * jnp.minimum(risen, 1)
-            total += weight * lax.stop_gradient(kl / jnp.maximum(smooth, 1e-30)) * smooth
+            # Below this both are noise of rounding.
+            ratio = jnp.where(smooth > 1e-9, kl / jnp.where(smooth > 1e-9, smooth, 1), 0)
+            total += weight * lax.stop_gradient(ratio) * smooth
         return total, {"loss": total, "kl": kl, "hidden": hidden, "smooth": smooth}
 
     parts = tokens.reshape(options.accumulate, -1, tokens.shape[-1])
@@ -290,14 +294,20 @@ def _resume(folder: Path, start: State) -> State | None:
     for partial in folder.glob("state-*.orbax-checkpoint-tmp*"):
         shutil.rmtree(partial)
     found = sorted(folder.glob("state-*"))
-    kept = []
-    if found:
-        leaves = checkpoint.load_tree(found[-1])["params"]
-        ordered = [jnp.asarray(leaves[name]) for name in sorted(leaves)]
-        start = jax.tree.unflatten(jax.tree.structure(start), ordered)
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-        # The last line of a killed run may be cut short.
-        whole = (line for line in lines if line.endswith("}"))
-        kept = [line for line in whole if json.loads(line)["step"] <= int(start.step)]
-    checkpoint.write_text(folder / METRICS, "".join(line + "\n" for line in kept))
-    return start if found else None
+    state = _load(found[-1], start) if found else start
+    metrics = folder / METRICS
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    # The last line of a killed run may be cut short.
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= int(state.step)]
+    checkpoint.write_text(metrics, "".join(kept))
+    return state if found else None
+
+
+def _load(path: Path, start: State) -> State:
+    stored = checkpoint.load_tree(path)["params"]
+    leaves, tree = jax.tree.flatten(start)
+    found = [stored[name] for name in sorted(stored)]
+    if [leaf.shape for leaf in found] != [leaf.shape for leaf in leaves]:
+        raise InputError(f"{path} is not whole; delete it, and {path.parent.parent} begins anew")
+    return jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in found])

@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxquant.evaluate.scoring import head_only, next_token_nll, over_tokens
 from jaxquant.methods import backward_error
+from jaxquant.methods.rounded import relative_energy
 from jaxquant.models import decoder
 from jaxquant.models.config import ModelConfig
 from jaxquant.smoothness.proxy import token_kl
-from jaxquant.train.latent import Latent
+from jaxquant.train.latent import Latent, is_latent
 
 #: Parameters and the config they belong to.
 Model = tuple[dict[str, Any], ModelConfig]
@@ -116,9 +117,10 @@ def stream_loss(stream: Float[Array, "L B T d"], known: Float[Array, "L B T d"])
 def gradient_loss(gradient: Float[Array, "B T d"], known: Float[Array, "B T d"]) -> Float[Array, ""]:
     """`|g - g_teacher|^2 / |g_teacher|^2`, g the gradients at the input, of all windows together.
 
-    Its own gradient with respect to the student's parameters is a double backward pass.
+    0 where the teacher has none. Its own gradient with respect to the student's parameters is a double
+    backward pass.
     """
-    return jnp.sum(jnp.square(gradient - known)) / jnp.maximum(jnp.sum(jnp.square(known)), 1e-30)
+    return relative_energy(jnp.sum(jnp.square(gradient - known)), jnp.sum(jnp.square(known)))
 
 
 def neighborhood_loss(
@@ -151,7 +153,7 @@ def layer_loss(
     backward pass.
 
     Args:
-      student: with a `Latent` for every kernel.
+      student: kernels that are no `Latent` have no error.
       teacher: with float kernels in the student's basis.
       outputs: by path, see `calibrate.fisher.output_moments`; stacked over layers.
     """
@@ -165,5 +167,7 @@ def layer_loss(
     for path, second in outputs.items():
         part, name = path.split(".")
         own, original = (model[0]["blocks"][part][name]["kernel"] for model in (student, teacher))
+        if not is_latent(own):
+            continue
         totals.append(jnp.mean(lax.map(error, (own, original, second))))
     return jnp.mean(jnp.stack(totals))

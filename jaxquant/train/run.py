@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxquant.calibrate.fisher import output_moments
 from jaxquant.errors import UsageError
+from jaxquant.evaluate.scoring import check_windows
 from jaxquant.folder import kept_gradients, open_run, storable, token_facts, versions
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source, load_params
@@ -30,6 +31,9 @@ from jaxquant.train.loop import Training, train
 
 # Windows whose gradients the layer loss is weighed with.
 _MOMENT_WINDOWS = 16
+_MOMENTS = "output_moments.npz"
+# Parts of a manifest that tell one start from another.
+_START = ("source", "recipe", "calibration", "training", "summary")
 
 
 def train_model(
@@ -62,11 +66,18 @@ def train_model(
       UsageError: the folder is in use, `resume` meets another run, `start` is another model's, or a loss
         that compares inside the models meets a rotated one.
       NonFiniteError: the loss is not finite; names the step.
-      InputError: the start cannot be read, or the disk is full.
+      InputError: unusable windows, a start that is unfinished or cannot be read, or a full disk.
     """
     started = time.monotonic()
+    tokens = check_windows(tokens, teacher.config)
     recipe, begun_from = _start(teacher, start, options)
     config = recipe.runtime(teacher.config)
+    original = load_params(teacher, "float32")
+    # What is saved in 16 bits is trained so.
+    outer = storable(teacher.outer())
+    params = {**original, **outer} if isinstance(start, Grid) else checkpoint.load_checkpoint(start)[0]
+    student = latent_params(params, start if isinstance(start, Grid) else None)
+    del params
     identity = {
         "source": {"name": teacher.name, "fingerprint": teacher.fingerprint()},
         "recipe": recipe.to_dict(),
@@ -81,17 +92,13 @@ def train_model(
         on_event({"event": "done", **previous["summary"]})
         return previous["summary"]
 
-    original = load_params(teacher, "float32")
-    # What is saved in 16 bits is trained so.
-    outer = storable(teacher.outer())
-    params = {**original, **outer} if isinstance(start, Grid) else checkpoint.load_checkpoint(start)[0]
     outputs = None
     if options.smoothness == "layer":
         few = tokens[:_MOMENT_WINDOWS]
-        found = kept_gradients(teacher, few, on_event, output_moments, folder / "output_moments.npz")
+        found = kept_gradients(teacher, few, on_event, output_moments, folder / "train" / _MOMENTS)
         outputs = {path: jnp.asarray(np.stack([block[path] for block in found])) for path in found[0]}
     trained = train(
-        (latent_params(params, start if isinstance(start, Grid) else None), config),
+        (student, config),
         (original, teacher.config),
         tokens,
         options,
@@ -117,10 +124,16 @@ def train_model(
         "seconds": time.monotonic() - started,
     }
     checkpoint.write_manifest(folder, {**manifest, "state": "complete", "summary": summary})
-    for state in (folder / "train").glob("state-*"):
-        shutil.rmtree(state)
+    _clean(folder)
     on_event({"event": "done", **summary})
     return summary
+
+
+def _clean(folder: Path) -> None:
+    """Deletes what only an unfinished run needs."""
+    for state in (folder / "train").glob("state-*"):
+        shutil.rmtree(state)
+    (folder / "train" / _MOMENTS).unlink(missing_ok=True)
 
 
 def _start(teacher: Source, start: Grid | Path, options: Training) -> tuple[Recipe, dict[str, Any]]:
@@ -134,7 +147,7 @@ def _start(teacher: Source, start: Grid | Path, options: Training) -> tuple[Reci
             "model that was quantized as the teacher"
         )
     recipe = Recipe.from_dict(manifest["recipe"])
-    if recipe.keeps:
+    if recipe.keeps and all(rule.keeps for _, rule in recipe.rules):
         raise UsageError(f"{start} keeps its weights in floating point; there are no grids to train on")
     if recipe.surgery is not None and (options.hidden_weight or options.smoothness != "none"):
         raise UsageError(
@@ -146,7 +159,7 @@ def _start(teacher: Source, start: Grid | Path, options: Training) -> tuple[Reci
             f"{start} has scales folded into its weights ({recipe}), which the layer loss would compare with "
             "the teacher's; use another smoothness loss"
         )
-    digest = hashlib.sha256(json.dumps([manifest[k] for k in ("recipe", "calibration")]).encode())
+    digest = hashlib.sha256(json.dumps([manifest.get(k) for k in _START]).encode())
     return recipe, {"name": str(start), "fingerprint": digest.hexdigest()}
 
 

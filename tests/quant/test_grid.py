@@ -21,9 +21,10 @@ ALL_KINDS = [
     {"symmetric": False},
     {"symmetric": True, "convention": "half-step"},
     {"symmetric": True, "convention": "restricted"},
+    {"symmetric": True, "convention": "narrow"},
     {"symmetric": True, "convention": "full"},
 ]
-KIND_IDS = ["asymmetric", "half-step", "restricted", "full"]
+KIND_IDS = ["asymmetric", "half-step", "restricted", "narrow", "full"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,8 @@ def roundtrip(grid: Grid, w: jax.Array):
         (ALL_KINDS[0], (0.253, 0.0464, 0.0101)),
         (ALL_KINDS[1], (0.301, 0.056, 0.0122)),
         (ALL_KINDS[2], (0.588, 0.0748, 0.0137)),
-        (ALL_KINDS[3], (0.1796, 0.0431, 0.01064)),
+        (ALL_KINDS[3], (0.588, 0.0748, 0.0137)),  # nothing lies below -max|w|
+        (ALL_KINDS[4], (0.1796, 0.0431, 0.01064)),
     ],
     ids=KIND_IDS,
 )
@@ -81,9 +83,10 @@ def published(w: np.ndarray, bits: int, kind: dict) -> tuple[np.ndarray, np.ndar
         if kind["convention"] == "full":
             extreme = np.where(-lo >= hi, extreme, -extreme)
         half, restricted, full = (2**bits - 1) / 2, 2 ** (bits - 1) - 1, 2 ** (bits - 1)
-        scale = extreme / {"half-step": half, "restricted": restricted, "full": full}[kind["convention"]]
+        steps = {"half-step": half, "restricted": restricted, "narrow": restricted, "full": full}
+        scale = extreme / steps[kind["convention"]]
         scale, zero = scale.astype(np.float16).astype(np.float64), np.full(w.shape[1], 2 ** (bits - 1))
-    codes = np.clip(np.round(w / scale) + zero, 0, 2**bits - 1)
+    codes = np.clip(np.round(w / scale) + zero, kind.get("convention") == "narrow", 2**bits - 1)
     return codes, scale * (codes - zero)
 
 
@@ -270,7 +273,7 @@ def test_low_precision_output_is_rounded_once():
         ({"bits": 0}, "bits=0 .*1 to 8"),
         ({"bits": 9}, "bits=9 .*1 to 8"),
         ({"group_size": 0}, "group_size=0 .*None"),
-        ({"convention": "half"}, "'half'.*half-step, restricted, full"),
+        ({"convention": "half"}, "'half'.*half-step, restricted, narrow, full"),
         ({"clip": "max"}, "'max'.*minmax or mse"),
         ({"scale_dtype": "bfloat16"}, "'bfloat16'.*float16 or float32"),
     ],

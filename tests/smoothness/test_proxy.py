@@ -227,3 +227,20 @@ def test_embedded_tokens_give_the_logits_of_the_tokens(model):
         forward(params, config, tokens).logits,
         atol=1e-5,
     )
+
+
+def test_a_divergence_is_never_negative_and_keeps_its_digits():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((64, 200)) * np.repeat([0.1, 1, 10, 60], 16)[:, None]
+    for size in (0.0, 1e-6, 1e-3, 1.0, 200.0):
+        other = logits + size * rng.standard_normal(logits.shape)
+        p, q = (a - a.max(-1, keepdims=True) for a in (logits, other))
+        p, q = (a - np.log(np.exp(a).sum(-1, keepdims=True)) for a in (p, q))
+        expected = np.sum(np.exp(p) * (p - q), axis=-1)
+        pair = jnp.asarray(logits, jnp.float32), jnp.asarray(other, jnp.float32)
+        found = token_kl(*pair)
+        assert float(jnp.min(found)) >= 0
+        if size >= 1e-3:
+            np.testing.assert_allclose(found, expected, rtol=2e-2 if size == 1e-3 else 1e-3, atol=1e-9)
+        slope = jax.grad(lambda b, a=pair[0]: jnp.sum(token_kl(a, b)))(pair[1])
+        np.testing.assert_allclose(slope, np.exp(q) - np.exp(p), atol=1e-5)

@@ -21,7 +21,8 @@ from jaxquant.train import Latent, latent_params, merge, packed_params, split
 GRIDS = [
     Grid(bits=1, group_size=8, symmetric=True),
     Grid(bits=2, group_size=8, clip="mse"),
-    Grid(bits=2, group_size=16, symmetric=True, convention="restricted"),
+    Grid(bits=2, group_size=16, symmetric=True, convention="narrow", clip="mse"),
+    Grid(bits=3, group_size=16, symmetric=True, convention="restricted", clip="mse"),
     Grid(bits=4, symmetric=True, convention="full", scale_dtype="float32"),
 ]
 
@@ -53,6 +54,7 @@ def test_values_are_those_of_the_packed_weight_wherever_training_takes_it(weight
     x = jax.random.normal(key, (3, 32))
     np.testing.assert_allclose(x @ moved, x @ moved.values(), rtol=1e-6)
     again = Latent.of(moved.pack())
+    np.testing.assert_array_equal(again.place, jnp.round(moved.place))
     np.testing.assert_array_equal(again.values(), moved.values())
 
 
@@ -80,11 +82,12 @@ def test_projection_keeps_codes_in_the_range(bits, symmetric, push):
     np.testing.assert_array_equal(pushed.project().place, pushed.place)
 
 
-def test_restricted_two_bits_hold_three_levels(weight):
-    grid = Grid(bits=2, group_size=16, symmetric=True, convention="restricted")
+def test_narrow_two_bits_hold_three_levels(weight):
+    grid = Grid(bits=2, group_size=16, symmetric=True, convention="narrow", clip="mse")
     latent = Latent.of(weight, grid)
     pushed = Latent(latent.place - 9.0, latent.stretch, latent.scale, None, None, grid).project()
     assert np.unique(np.round(np.concatenate([pushed.place, latent.place]))).tolist() == [1.0, 2.0, 3.0]
+    assert np.unique(quantize(weight, grid).codes()).tolist() == [1, 2, 3]
 
 
 def test_gradients_are_those_of_the_unrounded_place_and_of_the_scale(weight):

@@ -152,7 +152,7 @@ def test_bad_options_are_refused(student, teacher, tokens):
         ({"smoothness": "sharp"}, "unknown smoothness 'sharp'; use one of none, gradient"),
         ({"learning_rate": 0.0}, "learning_rate=0.0: must be positive"),
         ({"warmup": 1.5}, "warmup=1.5: must be a share of the steps"),
-        ({"smooth_share": float("nan")}, "smooth_share=nan: must not be negative"),
+        ({"smooth_share": float("nan")}, "smooth_share=nan: must be a number of at least 0"),
     ):
         with pytest.raises(UsageError, match=message):
             dataclasses.replace(OPTIONS, **change)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jaxquant.models.decoder import forward, init_params
 from jaxquant.named import named
 from jaxquant.pipeline import quantize_model
 from jaxquant.quant import Grid, QArray
+from jaxquant.recipe import by_path, chain
+from jaxquant.stages import RTN, Keep
 from jaxquant.train import Training, train_model
 
 GRID = Grid(bits=2, group_size=16, clip="mse")
@@ -114,6 +117,58 @@ def test_starts_that_do_not_fit_are_refused(source, tokens, quantized, tmp_path)
     quantize_model(source, named("rtn-w16a8kv8", GRID), tokens, kept)
     with pytest.raises(UsageError, match="keeps its weights in floating point"):
         train_model(source, kept, tokens, OPTIONS, tmp_path / "b")
+
+
+def test_a_start_that_was_made_anew_is_another_start(source, tokens, quantized, tmp_path):
+    def kill(event):
+        if event["event"] == "step" and event["step"] == 7:
+            raise KeyboardInterrupt
+
+    start, out = tmp_path / "start", tmp_path / "t"
+    shutil.copytree(quantized, start)
+    with pytest.raises(KeyboardInterrupt):
+        train_model(source, start, tokens, OPTIONS, out, on_event=kill)
+    with pytest.raises(InputError, match="outside the vocabulary"):
+        train_model(source, start, tokens + 64, OPTIONS, out, resume=True)
+    moved = tmp_path / "moved"
+    shutil.move(start, moved)
+    manifest = checkpoint.read_manifest(moved)
+    events = []
+    train_model(source, moved, tokens, OPTIONS, out, resume=True, on_event=events.append)
+    assert events[0]["step"] == 6
+    checkpoint.write_manifest(moved, {**manifest, "training": {"steps": 3}})
+    with pytest.raises(UsageError, match="started with another training"):
+        train_model(source, moved, tokens, OPTIONS, out, resume=True)
+    shutil.rmtree(out)
+    checkpoint.write_manifest(moved, {**manifest, "state": "running"})
+    with pytest.raises(InputError, match="only 3 of 3 blocks"):
+        train_model(source, moved, tokens, OPTIONS, out)
+    assert not out.exists()
+
+
+def test_damaged_states_are_named_and_missing_metrics_are_no_harm(source, tokens, tmp_path):
+    def kill(event):
+        if event["event"] == "step" and event["step"] == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_model(source, GRID, tokens, OPTIONS, tmp_path / "t", on_event=kill)
+    (tmp_path / "t" / "train" / "metrics.jsonl").unlink()
+    shutil.copytree(tmp_path / "t", tmp_path / "u")
+    train_model(source, GRID, tokens, OPTIONS, tmp_path / "t", resume=True)
+    shutil.rmtree(tmp_path / "u" / "train" / "state-00000006" / "params")
+    with pytest.raises(InputError, match="state-00000006 cannot be read"):
+        train_model(source, GRID, tokens, OPTIONS, tmp_path / "u", resume=True)
+
+
+def test_linears_that_are_kept_stay_as_they_are(source, tokens, tmp_path):
+    recipe = by_path({r"mlp\.down": chain(Keep(), grid=GRID)}, chain(RTN(), grid=GRID))
+    quantize_model(source, recipe, tokens, tmp_path / "q")
+    options = dataclasses.replace(OPTIONS, smoothness="layer")
+    train_model(source, tmp_path / "q", tokens, options, tmp_path / "t")
+    before, after = (checkpoint.load_checkpoint(tmp_path / name)[0]["blocks"]["mlp"] for name in "qt")
+    np.testing.assert_array_equal(before["down"]["kernel"], after["down"]["kernel"])
+    assert isinstance(after["up"]["kernel"], QArray)
 
 
 def test_rotated_models_with_quantized_activations_are_trained_by_their_predictions(source, tokens, tmp_path):
