@@ -108,6 +108,7 @@ def test_without_a_price_it_is_coordinate_descent(group_size, descend):
     np.testing.assert_allclose(ours.stats.error, theirs.stats.error, rtol=1e-9)
 
 
+@pytest.mark.slow
 @both
 def test_it_is_never_below_the_optimum_and_often_there(descend):
     reached = 0

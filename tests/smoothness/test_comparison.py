@@ -145,6 +145,7 @@ def test_a_model_against_itself(reference, windows):
     assert result.estimates["candidates"].mean == result.estimates["candidates_reference"].mean
 
 
+@pytest.mark.slow
 def test_a_packed_cache_predicts_what_the_forward_pass_does(reference, windows):
     """Trees are grown behind a cache, whose keys and values are packed here."""
     params, config = reference

@@ -119,6 +119,7 @@ def test_starts_that_do_not_fit_are_refused(source, tokens, quantized, tmp_path)
         train_model(source, kept, tokens, OPTIONS, tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_start_that_was_made_anew_is_another_start(source, tokens, quantized, tmp_path):
     def kill(event):
         if event["event"] == "step" and event["step"] == 7:
@@ -146,6 +147,7 @@ def test_a_start_that_was_made_anew_is_another_start(source, tokens, quantized, 
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_damaged_states_are_named_and_missing_metrics_are_no_harm(source, tokens, tmp_path):
     def kill(event):
         if event["event"] == "step" and event["step"] == 7:
@@ -161,6 +163,7 @@ def test_damaged_states_are_named_and_missing_metrics_are_no_harm(source, tokens
         train_model(source, GRID, tokens, OPTIONS, tmp_path / "u", resume=True)
 
 
+@pytest.mark.slow
 def test_linears_that_are_kept_stay_as_they_are(source, tokens, tmp_path):
     recipe = by_path({r"mlp\.down": chain(Keep(), grid=GRID)}, chain(RTN(), grid=GRID))
     quantize_model(source, recipe, tokens, tmp_path / "q")
@@ -171,6 +174,7 @@ def test_linears_that_are_kept_stay_as_they_are(source, tokens, tmp_path):
     assert isinstance(after["up"]["kernel"], QArray)
 
 
+@pytest.mark.slow
 def test_rotated_models_with_quantized_activations_are_trained_by_their_predictions(source, tokens, tmp_path):
     start = tmp_path / "q"
     quantize_model(source, named("quarot-w4a4kv4", dataclasses.replace(GRID, bits=4)), tokens, start)
