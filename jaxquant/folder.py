@@ -112,8 +112,8 @@ def kept_gradients(
     on_event: Callable[[Event], None],
     measure: Callable[..., list[dict[str, np.ndarray]]],
     path: Path,
-) -> list[dict[str, np.ndarray]]:
-    """What `measure` finds in every block, kept at `path` so that a resumed run finds the same.
+) -> dict[str, np.ndarray]:
+    """What `measure` finds, blocks stacked on axis 0, kept at `path` so that a resumed run finds the same.
 
     Args:
       source, tokens: what `measure` is given; see `calibrate.fisher`.
@@ -132,8 +132,7 @@ def kept_gradients(
         np.savez(buffer, **stacked)  # pyright: ignore[reportArgumentType]
         checkpoint.write_bytes(path, buffer.getvalue())
     with np.load(path) as stored:
-        stacked = dict(stored)
-    return [{name: array[i] for name, array in stacked.items()} for i in range(source.config.num_layers)]
+        return dict(stored)
 
 
 def storable(tree: Any) -> Any:

@@ -110,8 +110,8 @@ def quantize_model(
                 config,
                 recipe,
                 hidden,
-                None if weights is None else weights[index],
-                None if outputs is None else outputs[index],
+                _of_block(weights, index),
+                _of_block(outputs, index),
                 on_event,
             )
             record["seconds"] = time.monotonic() - begun
@@ -150,6 +150,10 @@ def _propagate(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool)
     )
     y, _, _ = block_forward(params, config, x.astype(config.dtype), sliding=sliding)
     return y.astype(jnp.float32)
+
+
+def _of_block(found: dict[str, np.ndarray] | None, index: int) -> dict[str, np.ndarray] | None:
+    return None if found is None else {name: array[index] for name, array in found.items()}
 
 
 def _quantize_block(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jaxquant.calibrate.moments import Moments, merge
 from jaxquant.errors import UsageError
@@ -84,16 +84,11 @@ class Fold(Stage):
 class Finish(Stage):
     """Improves a block once all its linears are rounded."""
 
-    def __call__(
-        self,
-        block_params: Any,
-        original: Any,
-        inputs: Float[Array, "samples seqlen d"],
-        *,
-        apply: Callable[[Any, Array], Array],
-        reference: Callable[[Any, Array], Array],
-    ) -> Any:
-        """The improved block; `apply` runs it, `reference` the original, both on `inputs`."""
+    def __call__(self, block_params: Any, original: Any, inputs: Array, **facts: Any) -> Any:
+        """The improved block; `inputs` `[samples, seqlen, d]` are those of both.
+
+        Facts are `apply`, which runs the block, and `reference`, which runs the original.
+        """
         raise NotImplementedError
 
 
@@ -392,18 +387,9 @@ class Tune(Finish):
                 f"{self!r}: weight and steps must not be negative, learning_rate and batch must be positive"
             )
 
-    def __call__(
-        self,
-        block_params: Any,
-        original: Any,
-        inputs: Float[Array, "samples seqlen d"],
-        *,
-        apply: Callable[[Any, Array], Array],
-        reference: Callable[[Any, Array], Array],
-    ) -> Any:
+    def __call__(self, block_params: Any, original: Any, inputs: Array, **facts: Any) -> Any:
         """See `methods.tune.tune_scales`."""
-        options = dataclasses.asdict(self)
-        return tune_scales(block_params, original, inputs, apply=apply, reference=reference, **options)[0]
+        return tune_scales(block_params, original, inputs, **facts, **dataclasses.asdict(self))[0]
 
     def __str__(self) -> str:
         return f"tuned scales (weight {self.weight:g}, {self.steps} steps of {self.learning_rate:g})"

@@ -469,6 +469,18 @@ def test_tuned_scales_enter_the_rows_and_survive_an_interrupt(params, tokens, tm
         np.testing.assert_array_equal(leaf, tuned[key])
 
 
+@pytest.mark.slow
+def test_a_finish_that_changes_nothing_reports_the_same_errors(params, tokens, tmp_path):
+    """Recipes with a choice hold samples out; errors are those on all of them, with a finish or without."""
+    recipe = named("osaq-gptq", GRID)
+    finished = dataclasses.replace(recipe, stages=(*recipe.stages, Tune(steps=0)))
+    errors = []
+    for name, own in (("plain", recipe), ("finished", finished)):
+        quantize_model(MemorySource(params), own, tokens, tmp_path / name)
+        errors.append([row["error"] for row in read_rows(tmp_path / name)[0]])
+    np.testing.assert_allclose(errors[1], errors[0], rtol=1e-4)
+
+
 def test_fine_needs_gradients():
     problem = Problem.of(jnp.ones((16, 4)), observe(jnp.ones((2, 16))), GRID)
     with pytest.raises(UsageError, match="fine needs gradients: give Problem outputs"):

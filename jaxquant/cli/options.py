@@ -7,11 +7,14 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jaxquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from jaxquant.quant import Grid
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Known name, directory, .gguf or hub id.")
@@ -25,6 +28,7 @@ ConventionOption = Annotated[
     str,
     typer.Option("--convention", help="Range of a symmetric grid: half-step, restricted, narrow or full."),
 ]
+SymmetricOption = Annotated[bool, typer.Option("--symmetric", help="Symmetric grid, no zero points.")]
 GroupSizeOption = Annotated[
     int, typer.Option("--group-size", help="Inputs that share a scale; 0: one scale per output column.")
 ]
@@ -37,6 +41,27 @@ def refuse_flags(context: typer.Context, names: tuple[str, ...], case: str) -> N
         if source is not None and source.name == "COMMANDLINE":
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} has no effect with {case}; leave it out")
+
+
+def grid_of(
+    context: typer.Context, *, bits: int, group_size: int, symmetric: bool, convention: str, clip_search: bool
+) -> Grid:
+    """The grid that the options name.
+
+    Raises:
+      UsageError: a convention was given that has no effect, or a value is out of range.
+    """
+    from jaxquant.quant import Grid
+
+    if not symmetric:
+        refuse_flags(context, ("convention",), "an asymmetric grid")
+    return Grid(
+        bits=bits,
+        group_size=group_size or None,
+        symmetric=symmetric,
+        convention=convention,  # pyright: ignore[reportArgumentType]
+        clip="mse" if clip_search else "minmax",
+    )
 
 
 def print_json(value: Any) -> None:

@@ -16,6 +16,8 @@ from jaxquant.cli.options import (
     GroupSizeOption,
     JsonOption,
     ModelArgument,
+    SymmetricOption,
+    grid_of,
     print_json,
     print_line,
     refuse_flags,
@@ -39,7 +41,7 @@ def quantize(
     ] = "gptq",
     bits: BitsOption = 4,
     group_size: GroupSizeOption = 64,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="Symmetric grid, no zero points.")] = False,
+    symmetric: SymmetricOption = False,
     convention: ConventionOption = "half-step",
     clip_search: Annotated[
         bool, typer.Option("--clip-search/--no-clip-search", help="Shrink ranges to the least squared error.")
@@ -83,7 +85,6 @@ def quantize(
     Flags turn each off. With --json every event is one JSON line.
     """
     from jaxquant.named import named
-    from jaxquant.quant import Grid
     from jaxquant.recipe import read_toml
     from jaxquant.stages import GPTQ
 
@@ -93,14 +94,13 @@ def quantize(
         )
         chosen = read_toml(Path(recipe))
     else:
-        if not symmetric:
-            refuse_flags(context, ("convention",), "an asymmetric grid")
-        grid = Grid(
+        grid = grid_of(
+            context,
             bits=bits,
-            group_size=group_size or None,
+            group_size=group_size,
             symmetric=symmetric,
-            convention=convention,  # pyright: ignore[reportArgumentType]
-            clip="mse" if clip_search else "minmax",
+            convention=convention,
+            clip_search=clip_search,
         )
         stage = GPTQ(act_order=act_order, groups=groups, percdamp=percdamp)  # pyright: ignore[reportArgumentType]
         chosen = named(recipe, grid, gptq=stage, true_sequential=true_sequential)

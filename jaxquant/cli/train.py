@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,11 +13,16 @@ from jaxquant.cli.options import (
     GroupSizeOption,
     JsonOption,
     QuantizedArgument,
+    SymmetricOption,
+    grid_of,
     print_line,
     refuse_flags,
     resumable,
 )
 from jaxquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from jaxquant.quant import Grid
 
 
 def train(
@@ -29,7 +34,7 @@ def train(
     ] = None,
     bits: BitsOption = 2,
     group_size: GroupSizeOption = 64,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="Symmetric grid, no zero points.")] = False,
+    symmetric: SymmetricOption = False,
     convention: ConventionOption = "half-step",
     text: Annotated[
         list[str] | None,
@@ -78,7 +83,6 @@ def train(
     """
     from jaxquant import jobs
     from jaxquant.io import checkpoint, open_model
-    from jaxquant.quant import Grid
     from jaxquant.report import terminal
     from jaxquant.train import Training
 
@@ -92,15 +96,14 @@ def train(
         source = open_model(teacher)
     else:
         refuse_flags(context, ("teacher",), f"{model}, which is its own teacher")
-        if not symmetric:
-            refuse_flags(context, ("convention",), "an asymmetric grid")
         source = open_model(model)
-        start = Grid(
+        start = grid_of(
+            context,
             bits=bits,
-            group_size=group_size or None,
+            group_size=group_size,
             symmetric=symmetric,
-            convention=convention,  # pyright: ignore[reportArgumentType]
-            clip="mse",
+            convention=convention,
+            clip_search=True,
         )
     if not resume:
         checkpoint.check_new_folder(out)

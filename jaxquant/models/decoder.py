@@ -27,6 +27,8 @@ from jaxquant.models.rotary import rotate, tables
 from jaxquant.quant import ActivationGrid, QActivation
 
 Params = dict[str, Any]
+#: Parameters, dense or packed, and their config.
+Model = tuple[Params, ModelConfig]
 
 TAPS = tuple(tap for tap, _ in LINEARS)
 #: Taps that no linear reads: what attention reads, and a cache keeps.

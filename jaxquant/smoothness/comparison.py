@@ -16,6 +16,7 @@ from jaxquant.evaluate.scoring import Progress, check_windows, head_only, over_t
 from jaxquant.models import decoder
 from jaxquant.models.cache import KVCache, init_cache
 from jaxquant.models.config import ModelConfig
+from jaxquant.models.decoder import Model
 from jaxquant.smoothness.measure import gradient_comparison, stderr
 from jaxquant.smoothness.neighborhood import (
     Rule,
@@ -35,9 +36,6 @@ from jaxquant.smoothness.tree import (
     sparsity,
     tree_retention,
 )
-
-#: Parameters, dense or packed, and their config.
-Model = tuple[dict[str, Any], ModelConfig]
 
 # The last tokens of a prompt, one of which is replaced in a neighbour; tokens of a path behind it.
 _LAST, _DEPTH = 16, 4

@@ -142,7 +142,8 @@ def local_lipschitz(
 def token_kl(logits: Float[Array, "*tokens V"], other: Float[Array, "*tokens V"]) -> Float[Array, "*tokens"]:
     """`KL(softmax(logits) | softmax(other)) = sum_v p (e^x - 1 - x)`, `x = log q - log p`, nats, float32.
 
-    The first two terms add up to 0; with them no term is negative, and a small divergence keeps its digits.
+    `p e^x - p` adds up to 0; with it no term is negative (but for rounding), and a small divergence keeps its
+    digits.
     """
     p, q = (jax.nn.log_softmax(a.astype(jnp.float32)) for a in (logits, other))
     apart = q - p

@@ -44,28 +44,25 @@ class Latent:
     __array_ufunc__ = None
 
     @classmethod
-    def of(cls, kernel: Float[Array, "*stack in out"] | QArray | Latent, grid: Grid | None = None) -> Latent:
+    def of(cls, kernel: Float[Array, "*stack in out"] | QArray, grid: Grid | None = None) -> Latent:
         """A weight where it lies on the grid fitted to it, or a packed one on its codes.
 
         Args:
           kernel: floats, or what a rounding has left; training then starts from there.
           grid: of floats; a packed weight has its own.
         """
-        if isinstance(kernel, Latent):
-            return kernel
         if isinstance(kernel, QArray):
-            scale = kernel.scale.astype(jnp.float32)
-            zero = None if kernel.zero is None else kernel.zero.astype(jnp.float32)
-            place, grid, order = kernel.codes().astype(jnp.float32), kernel.grid, kernel.order
+            scale, zero, order, grid = kernel.scale, kernel.zero, kernel.order, kernel.grid
+            place = kernel.codes().astype(jnp.float32)
         else:
             assert grid is not None
-            w = kernel.astype(jnp.float32)
-            scale, zero = (None if a is None else a.astype(jnp.float32) for a in grid.fit(w))
-            assert scale is not None
-            shift = grid.constant_zero if zero is None else _rows(zero, w)
-            place, order = w / _rows(scale, w) + shift, None
-        latent = cls(place, jnp.zeros_like(scale), scale, zero, order, grid)
-        return latent.project()
+            w, order = kernel.astype(jnp.float32), None
+            scale, zero = grid.fit(w)
+            shift = grid.constant_zero if zero is None else _rows(zero.astype(w.dtype), w)
+            place = w / _rows(scale.astype(w.dtype), w) + shift
+        scale = scale.astype(jnp.float32)
+        zero = None if zero is None else zero.astype(jnp.float32)
+        return cls(place, jnp.zeros_like(scale), scale, zero, order, grid).project()
 
     def project(self) -> Latent:
         """Places brought back into the range of the grid, `lowest - 1/2 .. 2^bits - 1/2`."""
@@ -75,20 +72,17 @@ class Latent:
     def values(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*stack in out"]:
         """The weight as rounded, `[..., in, out]`, rows in the order of the inputs."""
         codes = straight_through(self.place, jnp.round(self.place))
-        scale = self._scale()
-        zero = self.grid.constant_zero if self.zero is None else _rows(self.zero, codes)
-        weight = ((codes - zero) * _rows(scale, codes)).astype(dtype)
+        weight = self.grid.dequantize(codes, self._scale(), self.zero, dtype)
         if self.order is None:
             return weight
         return jnp.take_along_axis(weight, jnp.argsort(self.order, axis=-1)[..., None], axis=-2)
 
     def pack(self) -> QArray:
         """The packed weight; its `dequantize()` equals `values()`."""
-        scale, zero = self._scale(), self.zero
         dtype = self.grid.scale_dtype
         codes = jnp.round(self.place).astype(jnp.uint8)
-        zero = None if zero is None else zero.astype(dtype)
-        return QArray.from_codes(codes, scale.astype(dtype), zero, self.grid, order=self.order)
+        zero = None if self.zero is None else self.zero.astype(dtype)
+        return QArray.from_codes(codes, self._scale().astype(dtype), zero, self.grid, order=self.order)
 
     def __rmatmul__(self, x: Float[Array, "*rows in"] | QActivation) -> Float[Array, "*rows out"]:
         """`x @ values()` in the dtype of x."""
@@ -108,16 +102,14 @@ def latent_params(params: dict[str, Any], grid: Grid | None = None) -> dict[str,
       grid: of float kernels; without one they stay as they are.
     """
 
-    def start(leaf: Any) -> Any:
-        if isinstance(leaf, QArray):
-            return Latent.of(leaf)
+    def start(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, QArray) or (grid is not None and path[-1].key == "kernel"):
+            return Latent.of(leaf, grid)
         return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    def put(path: Any, leaf: Any) -> Any:
-        return Latent.of(leaf, grid) if grid and path[-1].key == "kernel" else leaf
-
-    blocks = jax.tree.map(start, params["blocks"], is_leaf=lambda leaf: isinstance(leaf, QArray))
-    blocks = jax.tree_util.tree_map_with_path(put, blocks, is_leaf=is_latent)
+    blocks = jax.tree_util.tree_map_with_path(
+        start, params["blocks"], is_leaf=lambda leaf: isinstance(leaf, QArray)
+    )
     return {**params, "blocks": blocks}
 
 

@@ -21,10 +21,10 @@ from jaxtyping import Array, Int
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.io import checkpoint
 from jaxquant.models.config import ModelConfig
+from jaxquant.models.decoder import Model
 from jaxquant.records import Event
 from jaxquant.train.latent import is_latent, merge, split
 from jaxquant.train.losses import (
-    Model,
     Smoothness,
     gradient_loss,
     layer_loss,
@@ -106,10 +106,9 @@ class Training:
         import optax
 
         rising = round(self.warmup * self.steps)
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, rising, max(self.steps, rising + 1)
-        )
-        # The first update is one step up the schedule: at its start nothing would move.
+        # From one step up the schedule to one before its end: at its start and end nothing moves.
+        last = max(self.steps, rising) + 1 if rising else self.steps
+        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, rising, last)
         return optax.chain(
             optax.clip_by_global_norm(self.clip_norm),
             optax.scale_by_adam(b2=0.98),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,10 @@ from jaxquant.evaluate.scoring import head_only, next_token_nll, over_tokens
 from jaxquant.methods import backward_error
 from jaxquant.methods.rounded import relative_energy
 from jaxquant.models import decoder
-from jaxquant.models.config import ModelConfig
+from jaxquant.models.decoder import Model
+from jaxquant.smoothness.neighborhood import ball
 from jaxquant.smoothness.proxy import token_kl
 from jaxquant.train.latent import Latent, is_latent
-
-#: Parameters and the config they belong to.
-Model = tuple[dict[str, Any], ModelConfig]
 
 #: The term added to distillation; see `gradient_loss`, `neighborhood_loss` and `layer_loss`.
 Smoothness = Literal["none", "gradient", "neighborhood", "layer"]
@@ -137,8 +135,7 @@ def neighborhood_loss(
     Agreement around a text: to second order that of the Jacobians, without a second backward pass.
     """
     known = decoder.embed(*teacher, tokens)
-    size = radius * jnp.sqrt(jnp.mean(jnp.square(known.astype(jnp.float32))))
-    noise = (size * jax.random.normal(key, known.shape)).astype(known.dtype)
+    (noise,) = ball(known, key, samples=1, radius=radius)
     hidden, _ = decoder.hidden_of_embedded(*student, decoder.embed(*student, tokens) + noise, remat=remat)
     theirs, _ = decoder.hidden_of_embedded(*teacher, known + noise)
     return prediction_loss(student, teacher, hidden, lax.stop_gradient(theirs))

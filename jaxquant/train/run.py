@@ -26,7 +26,7 @@ from jaxquant.quant import Grid, QArray
 from jaxquant.recipe import Recipe, chain
 from jaxquant.records import Event, kept_row
 from jaxquant.stages import RTN
-from jaxquant.train.latent import latent_params, packed_params
+from jaxquant.train.latent import latent_params, packed_params, split
 from jaxquant.train.loop import Training, train
 
 # Windows whose gradients the layer loss is weighed with.
@@ -73,11 +73,11 @@ def train_model(
     recipe, begun_from = _start(teacher, start, options)
     config = recipe.runtime(teacher.config)
     original = load_params(teacher, "float32")
-    # What is saved in 16 bits is trained so.
-    outer = storable(teacher.outer())
-    params = {**original, **outer} if isinstance(start, Grid) else checkpoint.load_checkpoint(start)[0]
-    student = latent_params(params, start if isinstance(start, Grid) else None)
-    del params
+    if isinstance(start, Grid):
+        # What is saved in 16 bits is trained so.
+        student = latent_params({**original, **storable(teacher.outer())}, start)
+    else:
+        student = latent_params(checkpoint.load_checkpoint(start)[0])
     identity = {
         "source": {"name": teacher.name, "fingerprint": teacher.fingerprint()},
         "recipe": recipe.to_dict(),
@@ -86,9 +86,13 @@ def train_model(
     }
     manifest = {**identity, "config": config.to_dict(), "versions": versions(), "state": "running"}
     estimate = plan(teacher.config, recipe, samples=options.batch, seqlen=tokens.shape[1])
-    open_run(folder, manifest, recipe, teacher.tokenizer(), output_bytes=estimate.output_bytes, resume=resume)
+    # A state holds three numbers for each that is trained, and is written before the last one goes.
+    states = 2 * 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(split(student)[0]))
+    needed = estimate.output_bytes + states
+    finished = open_run(folder, manifest, recipe, teacher.tokenizer(), output_bytes=needed, resume=resume)
     previous = checkpoint.read_manifest(folder)
     if previous["state"] == "complete":
+        _clean(folder)
         on_event({"event": "done", **previous["summary"]})
         return previous["summary"]
 
@@ -96,7 +100,7 @@ def train_model(
     if options.smoothness == "layer":
         few = tokens[:_MOMENT_WINDOWS]
         found = kept_gradients(teacher, few, on_event, output_moments, folder / "train" / _MOMENTS)
-        outputs = {path: jnp.asarray(np.stack([block[path] for block in found])) for path in found[0]}
+        outputs = jax.tree.map(jnp.asarray, found)
     trained = train(
         (student, config),
         (original, teacher.config),
@@ -113,7 +117,7 @@ def train_model(
     for index in range(config.num_layers):
         block = storable(jax.tree.map(lambda leaf, i=index: leaf[i], packed["blocks"]))
         rows.append([_row(block, index, path) for path in checkpoint.PATHS])
-        if index >= checkpoint.finished_blocks(folder):
+        if index >= finished:
             checkpoint.save_block(folder, index, block, {"rows": rows[-1], "seconds": 0.0})
     stored = sum(row["bytes"] for block in rows for row in block)
     summary = {

@@ -10,6 +10,7 @@ import report_samples as samples
 from jaxquant.report import write_report
 from jaxquant.report.figures import (
     COLOURS,
+    curve_panel,
     error_panels,
     histogram_panel,
     human_bytes,
@@ -186,6 +187,25 @@ def test_smoothness_is_shown_if_it_was_measured(tmp_path):
         assert fact in text
     alone = measured | {f"{name}_stderr": None for name in measured["by_window"]}
     assert "0.750 kept" in Page(write_report(tmp_path, run, rows, smoothness=alone).read_text()).text
+
+
+def test_training_is_shown_as_curves_of_what_was_lost(tmp_path):
+    run, rows = samples.make_run(verb="train"), [
+        {key: row[key] for key in ("module", "block", "linear", "shape", "bits", "group_size")}
+        for row in samples.make_rows(1)
+    ]  # fmt: skip
+    metrics = [{"kl": 1 / step, "hidden": 0.5, "smooth": 0.0} for step in range(1, 21)]
+    page = write_report(tmp_path, run, rows, metrics=metrics).read_text()
+    text = Page(page).text
+    assert "to train" in text
+    assert "Divergence over 20 steps, 1 to 0.05" in page
+    assert "Residual stream over 20 steps" in page
+    assert "Smoothness over" not in page
+    assert "Layer error" not in text
+    (line,) = re.findall(r'd="M([^"]*)"', curve_panel("Divergence", [row["kl"] for row in metrics]))[-1:]
+    heights = [float(point.split(",")[1]) for point in line.split("L")]
+    assert len(heights) == 20
+    assert heights == sorted(heights)
 
 
 def test_size_bars_are_proportional():

@@ -234,13 +234,15 @@ def test_a_divergence_is_never_negative_and_keeps_its_digits():
     logits = rng.standard_normal((64, 200)) * np.repeat([0.1, 1, 10, 60], 16)[:, None]
     for size in (0.0, 1e-6, 1e-3, 1.0, 200.0):
         other = logits + size * rng.standard_normal(logits.shape)
-        p, q = (a - a.max(-1, keepdims=True) for a in (logits, other))
+        pair = jnp.asarray(logits, jnp.float32), jnp.asarray(other, jnp.float32)
+        # Of the same inputs: rounding them to float32 alone moves small divergences.
+        p, q = (np.asarray(a, np.float64) for a in pair)
+        p, q = (a - a.max(-1, keepdims=True) for a in (p, q))
         p, q = (a - np.log(np.exp(a).sum(-1, keepdims=True)) for a in (p, q))
         expected = np.sum(np.exp(p) * (p - q), axis=-1)
-        pair = jnp.asarray(logits, jnp.float32), jnp.asarray(other, jnp.float32)
         found = token_kl(*pair)
         assert float(jnp.min(found)) >= 0
         if size >= 1e-3:
-            np.testing.assert_allclose(found, expected, rtol=2e-2 if size == 1e-3 else 1e-3, atol=1e-9)
+            np.testing.assert_allclose(found, expected, rtol=2e-2 if size == 1e-3 else 1e-4, atol=1e-9)
         slope = jax.grad(lambda b, a=pair[0]: jnp.sum(token_kl(a, b)))(pair[1])
         np.testing.assert_allclose(slope, np.exp(q) - np.exp(p), atol=1e-5)

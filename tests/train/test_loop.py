@@ -12,24 +12,11 @@ import pytest
 from small_model import CONFIG
 
 from jaxquant.errors import NonFiniteError, UsageError
-from jaxquant.models import decoder
-from jaxquant.quant import Grid
-from jaxquant.train import State, Training, latent_params, layer_loss, merge, split, train, train_step
+from jaxquant.train import State, Training, layer_loss, merge, split, train, train_step
 from jaxquant.train.loop import METRICS
 
-GRID = Grid(bits=2, group_size=16, clip="mse")
 # Every other set of options is compiled anew.
 OPTIONS = Training(steps=24, batch=4, save_every=9, learning_rate=0.02, smooth_share=1.0, smooth_warmup=0.25)
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    return decoder.init_params(jax.random.key(0), CONFIG), CONFIG
-
-
-@pytest.fixture(scope="module")
-def student(teacher):
-    return latent_params(teacher[0], GRID), CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +147,23 @@ def test_bad_options_are_refused(student, teacher, tokens):
         train(student, teacher, tokens[:2], OPTIONS)
     with pytest.raises(UsageError, match="the layer loss needs moments"):
         train(student, teacher, tokens, dataclasses.replace(OPTIONS, smoothness="layer"))
+
+
+def test_every_step_moves_something_and_the_rate_rises_and_falls():
+    for warmup in (0.0, 0.25, 1.0):
+        optimizer = dataclasses.replace(OPTIONS, warmup=warmup).optimizer()
+        place = jnp.ones(1)
+        state, moves = optimizer.init(place), []
+        with jax.numpy_dtype_promotion("standard"):
+            for _ in range(OPTIONS.steps):
+                update, state = optimizer.update(jnp.ones(1), state, place)
+                moves.append(-float(update[0]))
+        peak = int(np.argmax(moves))
+        assert min(moves) > 0
+        assert max(moves) == pytest.approx(OPTIONS.learning_rate, rel=1e-3)
+        assert peak == max(round(warmup * OPTIONS.steps) - 1, 0)
+        assert moves[: peak + 1] == sorted(moves[: peak + 1])
+        assert moves[peak:] == sorted(moves[peak:], reverse=True)
 
 
 def test_merge_undoes_split(student):

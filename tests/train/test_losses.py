@@ -13,7 +13,6 @@ from small_model import CONFIG
 
 from jaxquant.methods import backward_error
 from jaxquant.models import decoder
-from jaxquant.quant import Grid
 from jaxquant.smoothness import input_gradient
 from jaxquant.train import (
     gradient_loss,
@@ -26,18 +25,6 @@ from jaxquant.train import (
     split,
     stream_loss,
 )
-
-GRID = Grid(bits=2, group_size=16, clip="mse")
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    return decoder.init_params(jax.random.key(0), CONFIG), CONFIG
-
-
-@pytest.fixture(scope="module")
-def student(teacher):
-    return latent_params(teacher[0], GRID), CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +99,9 @@ def test_equal_models_have_no_loss(teacher, tokens):
     assert abs(float(neighborhood_loss(teacher, teacher, tokens, jax.random.key(0)))) < 1e-6
 
 
-def test_the_gradient_of_the_gradient_loss_agrees_with_differences(teacher, tokens):
+def test_the_gradient_of_the_gradient_loss_agrees_with_differences(teacher, tokens, grid):
     # Differences would see the steps of scales in float16.
-    grid = dataclasses.replace(GRID, scale_dtype="float32")
+    grid = dataclasses.replace(grid, scale_dtype="float32")
     trained, rest = split(latent_params(teacher[0], grid))
     known = respond(teacher, tokens, gradient=True).gradient
 

@@ -74,8 +74,20 @@ def test_the_result_is_a_quantized_model_that_is_nearer_to_the_original(source, 
     manifest = checkpoint.read_manifest(tmp_path / "t")
     assert manifest["training"]["steps"] == 20
     assert manifest["calibration"]["seed"] == 0
+    # What a kill behind the last manifest leaves is cleared away.
+    (tmp_path / "t" / "train" / "state-00000020").mkdir()
     again = train_model(source, GRID, tokens, OPTIONS, tmp_path / "t", resume=True, describe={"seed": 0})
     assert again == summary
+    assert [path.name for path in (tmp_path / "t" / "train").iterdir()] == ["metrics.jsonl"]
+
+
+def test_room_for_the_states_is_asked_for(source, tokens, tmp_path, monkeypatch):
+    trained = 4 * sum(leaf.size for leaf in jax.tree.leaves(source.params["blocks"]) if leaf.ndim == 3)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=6 * trained))
+    with pytest.raises(InputError, match="free some space"):
+        train_model(source, GRID, tokens, OPTIONS, tmp_path / "t")
+    assert not (tmp_path / "t").exists()
 
 
 def test_training_starts_from_the_integers_of_a_folder(source, tokens, quantized, tmp_path):
