@@ -104,6 +104,7 @@ def test_evaluate_against_the_original(run, quantized, text):
     assert json.loads(out)["perplexity"] == pytest.approx(result["reference_perplexity"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_smoothness_against_the_original(run, quantized, text):
     folder = quantized[0]
     command = ["smoothness", folder, "--against", "tiny", "--text", text, "--windows", 2, "--seqlen", 32]
@@ -207,6 +208,7 @@ def test_a_killed_run_resumes_to_the_same_bits(quantized, text, tmp_path, run):
             np.testing.assert_array_equal(a.zero, b.zero)
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_130_and_says_how_to_go_on(text, tmp_path):
     folder = tmp_path / "interrupted"
     arguments = ["quantize", "tiny", *SMALL, "--calibration", str(text), "--out", str(folder), "--json"]
@@ -288,6 +290,7 @@ def test_demo_runs_the_whole_tour(run, tmp_path, monkeypatch):
 TRAIN = ["--bits", 2, "--group-size", 32, "--steps", 4, "--batch", 2, "--seqlen", 32, "--save-every", 2]
 
 
+@pytest.mark.slow
 def test_train_writes_an_ordinary_model_with_a_report(run, text, tmp_path):
     folder = tmp_path / "t2"
     code, out, _ = run("train", "tiny", *TRAIN, "--text", text, "--text", "corpus", "--mix", "3,1",
@@ -308,6 +311,7 @@ def test_train_writes_an_ordinary_model_with_a_report(run, text, tmp_path):
     assert "<h2>Smoothness</h2>" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_interrupted_training_tells_how_to_go_on(run, tmp_path, monkeypatch, quantized):
     from jaxquant.train import loop
 

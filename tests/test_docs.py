@@ -12,8 +12,11 @@ import jaxquant
 ROOT = Path(__file__).resolve().parents[1]
 
 
+PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+
+
 @pytest.mark.parametrize(
-    "page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+    "page", ["README.md", *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES)]
 )
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -192,6 +192,7 @@ def test_tokens_are_held_out_from_those_that_choose_only(params, tokens, tmp_pat
             np.testing.assert_allclose(b["error"], a["error"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_choices_are_logged(params, tokens, tmp_path):
     best = Best((MagR(alpha=1e-2, iterations=20), MagR(alpha=1e-4, iterations=20)))
     quantize_model(MemorySource(params), chain(best, RTN(), grid=GRID), tokens, tmp_path / "q")
@@ -421,6 +422,7 @@ def test_kept_weights_are_checked(params, tokens, tmp_path):
         recipe(Problem.of(jnp.ones((16, 4)), observe(jnp.ones((2, 16))), GRID))
 
 
+@pytest.mark.slow
 def test_fine_gives_forward_error_for_backward_error(params, tokens, tmp_path):
     gradients = output_moments(MemorySource(params), tokens)
     errors = {}
@@ -441,6 +443,7 @@ def test_fine_gives_forward_error_for_backward_error(params, tokens, tmp_path):
         np.testing.assert_allclose(stored["mlp.up"][1], gradients[1]["mlp.up"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_tuned_scales_enter_the_rows_and_survive_an_interrupt(params, tokens, tmp_path):
     recipe = chain(GPTQ(), Tune(steps=8), grid=GRID)
     summary = quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q")

@@ -105,6 +105,7 @@ def test_other_orders_are_refused(stages):
         chain(*stages, grid=GRID)
 
 
+@pytest.mark.slow
 def test_the_best_candidate_is_judged_on_held_out_tokens(layer):
     weight, moments = layer
     ruin, help_ = Shrink(factor=0.1), Shrink(factor=0.98)

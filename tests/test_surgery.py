@@ -47,6 +47,7 @@ def tokens():
     return np.asarray(jax.random.randint(jax.random.key(1), (4, 24), 0, 64), np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["offq-w8a16kv16", "quarot-w8a16kv16"])
 def test_8_bits_of_a_rotated_model_are_near_the_original(name, params, tokens, tmp_path):
     recipe = named(name, GRID)
@@ -81,6 +82,7 @@ def test_16_bits_are_the_rotated_model(name, params, tokens, tmp_path):
     assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) > 1e-2
 
 
+@pytest.mark.slow
 def test_activations_are_pictured_before_and_after(params, tokens, tmp_path):
     quantize_model(MemorySource(params), named("offq-w4a4kv4", GRID), tokens, tmp_path / "offq")
     sites = read_rows(tmp_path / "offq")[1]["sites"]
@@ -98,6 +100,7 @@ def test_activations_are_pictured_before_and_after(params, tokens, tmp_path):
     assert all(site["before"] == site["after"] and site["error"] == site["error_before"] for site in sites)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_rotated_float_model(params, tokens, tmp_path):
     recipe = named("offq-w4a4kv4", GRID)
     recipe = dataclasses.replace(recipe, hessian="fisher", stages=(*recipe.stages, FINE()))
@@ -108,6 +111,7 @@ def test_gradients_are_those_of_the_rotated_float_model(params, tokens, tmp_path
         assert stored["mlp.down"].shape == (3, 32, 32)
 
 
+@pytest.mark.slow
 def test_every_linear_multiplies_integers_like_values(params, tokens, tmp_path):
     """On the same inputs: behind one another, a code that rounds the other way moves all that follows."""
     quantize_model(MemorySource(params), named("offq-w4a4kv4", GRID), tokens, tmp_path / "q")
@@ -170,6 +174,7 @@ def nll(source: RotatedSource, tokens) -> float:
     return perplexity(load_params(source), source.config, tokens).nll
 
 
+@pytest.mark.slow
 def test_learned_rotations_lower_the_loss_they_are_learned_on(params):
     """On text that the model itself has written, so that there is something to lose."""
     text = np.array(jax.random.randint(jax.random.key(5), (16, 48), 0, 64), np.int32)
@@ -222,6 +227,7 @@ def test_learned_rotations_are_learned_once(params, tokens, tmp_path, monkeypatc
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_finds_the_same_bases(params, tokens, tmp_path, monkeypatch):
     precision = named("offq-w4a4kv4", GRID).precision
     recipe = chain(OffQ(group_size=16), OSAQ(eta=3e3), GPTQ(), grid=GRID, precision=precision)

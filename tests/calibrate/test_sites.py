@@ -29,6 +29,7 @@ def problem():
     return params, config, x
 
 
+@pytest.mark.slow
 def test_sites_are_those_of_the_taps(problem):
     params, config, x = problem
     sites = block_sites(params, config, x, PRECISION, sliding=False)

@@ -62,6 +62,7 @@ def test_the_objective_falls_with_every_sweep(shape, symmetric, descend, strengt
             before = after
 
 
+@pytest.mark.slow
 def test_a_price_buys_backward_error_with_little_forward_error():
     """The trade that the method is for, on a layer with coupled inputs and outputs."""
     with jax.enable_x64(True):
@@ -128,6 +129,7 @@ def test_it_is_never_below_the_optimum_and_often_there(descend):
     assert reached >= 6
 
 
+@pytest.mark.slow
 @both
 def test_no_move_of_one_integer_gains_3_percent(descend):
     with jax.enable_x64(True):
@@ -145,6 +147,7 @@ def test_no_move_of_one_integer_gains_3_percent(descend):
     assert best >= 0.97 * ours
 
 
+@pytest.mark.slow
 @both
 def test_float32_stacks_order_and_dead_inputs(descend):
     problem, start, outputs = layer(96, 40, 3, group_size=32)

@@ -224,6 +224,7 @@ def test_packed_result_is_usable(grid, options):
     assert float(np.sum((y - x @ w) ** 2) / np.sum((x @ w) ** 2)) < 0.02
 
 
+@pytest.mark.slow
 def test_program_size_does_not_depend_on_width():
     def lines(rows: int, out: int, **options) -> int:
         weight = jax.ShapeDtypeStruct((rows, out), jnp.float32)

@@ -59,6 +59,7 @@ def test_bytes_at_2048_tokens():
     assert packed * 8 == HEADS.effective_bits(64) * 2 * 30 * 2048 * 3 * 64
 
 
+@pytest.mark.slow
 def test_chunks_and_steps_fill_a_packed_cache_like_a_fake_quantized_one():
     config = with_heads(tiny_config("llama3"), HEADS)
     params, tokens = tiny_params(config), jnp.asarray(tiny_tokens("llama3"))

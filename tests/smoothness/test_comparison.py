@@ -72,6 +72,7 @@ def probabilities(model, tokens) -> np.ndarray:
     return p / p.sum(-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_candidates_of_all_positions(compared, model, reference, windows):
     p, q = (probabilities(own, windows) for own in (model, reference))
     ours, theirs = p >= 1e-3, q >= 1e-3
@@ -95,6 +96,7 @@ def test_candidates_of_all_positions(compared, model, reference, windows):
     assert rarer.mean == pytest.approx((p >= 0.05 * p.max(-1, keepdims=True)).sum(-1).mean(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_neighbourhoods_of_prompts(compared, model, reference, windows):
     shares = []
     for index, window in enumerate(windows):
@@ -108,6 +110,7 @@ def test_neighbourhoods_of_prompts(compared, model, reference, windows):
     np.testing.assert_allclose(compared.estimates["neighborhood_retention"].by_window, shares, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_trees_are_those_of_whole_texts(compared, model, reference, windows):
     for index, (window, trees) in enumerate(zip(windows, compared.trees, strict=True)):
         for own, tree in zip((reference, model), trees, strict=True):
@@ -127,6 +130,7 @@ def test_trees_are_those_of_whole_texts(compared, model, reference, windows):
         assert found["tree_retention"] <= found["tree_likely"] <= 1
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_gradient_comparison(compared, model, reference, windows):
     gradients = gradient_comparison(model, reference, windows)
     for name in ("ratio", "cosine"):

@@ -49,6 +49,7 @@ def test_a_model_against_itself(model, windows):
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+@pytest.mark.slow
 def test_fewer_bits_turn_the_gradient_further(model, windows):
     params, config = model
     cosines = [gradient_comparison((rounded(params, b), config), model, windows).cosine for b in (8, 4, 2)]

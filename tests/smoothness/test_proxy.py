@@ -194,6 +194,7 @@ def test_packed_models_have_the_gradients_of_their_values(model, quantized):
     assert float(jnp.linalg.norm(ours - original) / jnp.linalg.norm(original)) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_proxy_of_a_packed_model_is_differentiable_by_its_scales(model):
     params, config, tokens = model
     packed, _ = packed_and_dequantized(params)

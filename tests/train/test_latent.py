@@ -106,6 +106,7 @@ def test_gradients_are_those_of_the_unrounded_place_and_of_the_scale(weight):
     np.testing.assert_allclose(by_stretch, products, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_models_are_split_packed_and_put_together_again():
     params = init_params(jax.random.key(0), CONFIG)
     grid = Grid(bits=3, group_size=16)

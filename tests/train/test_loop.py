@@ -42,6 +42,7 @@ def runs(student, teacher, tokens, outputs):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothness", ["none", "gradient", "neighborhood"])
 def test_every_loss_falls(runs, smoothness):
     rows, _ = runs[smoothness]
@@ -55,6 +56,7 @@ def test_every_loss_falls(runs, smoothness):
     assert (last["smooth"] < 0.9 * first["smooth"]) == (smoothness != "none")
 
 
+@pytest.mark.slow
 def test_the_layer_loss_falls_where_errors_can_cancel(runs, student, teacher, outputs):
     before, plain, felt = (
         float(layer_loss((params, CONFIG), teacher, outputs))
@@ -64,6 +66,7 @@ def test_the_layer_loss_falls_where_errors_can_cancel(runs, student, teacher, ou
     assert felt < 0.8 * plain
 
 
+@pytest.mark.slow
 def test_the_smoothness_term_rises_over_the_first_steps(runs):
     shares = [(row["loss"] - row["kl"] - row["hidden"]) / row["kl"] for row in runs["gradient"][0]]
     expected = np.minimum(np.arange(1, 25) / 6, 1)
@@ -117,6 +120,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(student, teacher, tokens, tmp_pat
     assert [path.name for path in (tmp_path / "parts").glob("state-*")] == ["state-00000024"]
 
 
+@pytest.mark.slow
 def test_what_is_not_trained_stays(runs, student):
     (moved, rest), (before, kept) = split(runs["none"][1]), split(student[0])
     for one, other in zip(jax.tree.leaves(rest), jax.tree.leaves(kept), strict=True):

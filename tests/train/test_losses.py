@@ -99,6 +99,7 @@ def test_equal_models_have_no_loss(teacher, tokens):
     assert abs(float(neighborhood_loss(teacher, teacher, tokens, jax.random.key(0)))) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_gradient_loss_agrees_with_differences(teacher, tokens, grid):
     # Differences would see the steps of scales in float16.
     grid = dataclasses.replace(grid, scale_dtype="float32")

@@ -56,6 +56,7 @@ def kl(source, folder, tokens):
     return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
 
 
+@pytest.mark.slow
 def test_the_result_is_a_quantized_model_that_is_nearer_to_the_original(source, tokens, tmp_path):
     plain = tmp_path / "rtn"
     quantize_model(source, named("rtn", GRID), tokens, plain)
@@ -98,6 +99,7 @@ def test_training_starts_from_the_integers_of_a_folder(source, tokens, quantized
     assert kl(source, tmp_path / "t", tokens) < 0.9 * kl(source, quantized, tokens)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_to_the_same_bits(source, tokens, tmp_path):
     options = dataclasses.replace(OPTIONS, smoothness="layer")
 
