@@ -16,7 +16,7 @@ import numpy as np
 from jaxquant.errors import InputError, UsageError
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source
-from jaxquant.quant import QArray
+from jaxquant.quant import is_packed
 from jaxquant.recipe import Recipe, to_toml
 from jaxquant.records import Event
 
@@ -143,13 +143,13 @@ def storable(tree: Any) -> Any:
     largest = float(jnp.finfo(jnp.float16).max)
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        if isinstance(leaf, QArray) or path[-1].key in _KEY_OPERATIONS:
+        if is_packed(leaf) or path[-1].key in _KEY_OPERATIONS:
             return leaf
         if leaf.ndim < 2 or leaf.dtype == jnp.bfloat16:
             return leaf
         return leaf.astype(jnp.float16) if abs(leaf).max() <= largest else leaf
 
-    return jax.tree_util.tree_map_with_path(cast, tree, is_leaf=lambda leaf: isinstance(leaf, QArray))
+    return jax.tree_util.tree_map_with_path(cast, tree, is_leaf=is_packed)
 
 
 # What something is called may change between runs; digests tell whether it is the same.

@@ -24,7 +24,7 @@ from jaxquant.methods import Problem, layer_error, rtn
 from jaxquant.models.config import EXACT, LINEARS, ModelConfig
 from jaxquant.models.decoder import block as block_forward
 from jaxquant.plan import plan
-from jaxquant.quant import QArray
+from jaxquant.quant import Packed, is_packed
 from jaxquant.recipe import Recipe
 from jaxquant.records import Event
 from jaxquant.surgery import operate
@@ -144,9 +144,7 @@ def quantize_model(
 def _propagate(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool) -> jax.Array:
     # Many tokens, one block: unpacking it whole is faster than unpacking it group by group.
     params = jax.tree.map(
-        lambda leaf: leaf.dequantize(config.dtype) if isinstance(leaf, QArray) else leaf,
-        params,
-        is_leaf=lambda leaf: isinstance(leaf, QArray),
+        lambda leaf: leaf.dequantize(config.dtype) if is_packed(leaf) else leaf, params, is_leaf=is_packed
     )
     y, _, _ = block_forward(params, config, x.astype(config.dtype), sliding=sliding)
     return y.astype(jnp.float32)
@@ -253,7 +251,7 @@ def _block_function(config: ModelConfig, sliding: bool) -> Callable[[Any, jax.Ar
     return lambda params, x: block_forward(params, config, x.astype(config.dtype), sliding=sliding)[0]
 
 
-def _quantize_linear(problem: Problem, recipe: Recipe, index: int, path: str) -> tuple[QArray, Event]:
+def _quantize_linear(problem: Problem, recipe: Recipe, index: int, path: str) -> tuple[Packed, Event]:
     begun = time.monotonic()
     module = f"blocks.{index}.{path}"
     rounded = recipe(problem)
@@ -266,18 +264,12 @@ def _quantize_linear(problem: Problem, recipe: Recipe, index: int, path: str) ->
         )
     packed = rounded.pack()
     row = {
-        "module": module,
-        "block": index,
-        "linear": path,
-        "shape": list(packed.shape),
-        "bits": packed.grid.bits,
-        "group_size": packed.grid.group_size,
+        **records.packed_row(packed, index, path),
         "error": float(stats.error),
         "damping": float(stats.damping),
         "attempts": int(stats.attempts),
         "fallback": bool(stats.fallback),
         "dead": int(stats.dead),
-        "bytes": packed.nbytes,
         "seconds": time.monotonic() - begun,
     }
     if stats.choice is not None:

@@ -9,7 +9,6 @@ import time
 import jax.numpy as jnp
 
 from jaxquant.calibrate.collect import BATCH_TOKENS
-from jaxquant.errors import UsageError
 from jaxquant.io.checkpoint import PATHS
 from jaxquant.linalg import base_order
 from jaxquant.models.config import LINEARS, ModelConfig
@@ -42,8 +41,7 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
     """Checks that the grid fits every linear and estimates memory, size and time.
 
     Raises:
-      UsageError: a group size does not divide the inputs of a linear (named), or blocks
-        differ in a grid.
+      UsageError: a group size does not divide the inputs of a linear (named).
     """
     config = recipe.runtime(config)
     shapes = {path: config.linear_shape(path) for path in PATHS}
@@ -51,12 +49,7 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
     for index in range(config.num_layers):
         for path, (n, m) in shapes.items():
             module = f"blocks.{index}.{path}"
-            own, first = recipe.at(module), recipe.at(f"blocks.0.{path}")
-            if (own.grid, own.stores_order, own.keeps) != (first.grid, first.stores_order, first.keeps):
-                raise UsageError(
-                    f"{module}: {own}, but block 0 has {first}; blocks are stacked, so give a linear the "
-                    "same grid and order of groups in every block"
-                )
+            own = recipe.at(module)
             if own.keeps:
                 packed += 2 * n * m
                 continue

@@ -346,7 +346,7 @@ _compiled = jax.jit(_run, static_argnums=0)
 
 def _against_target(problem: Problem, rounded: Rounded) -> Rounded:
     """`rounded` with its error measured against `problem.target`, which transforms have moved away from."""
-    values = rounded.pack().dequantize(problem.moments.second.dtype)
+    values = rounded.values(problem.moments.second.dtype)
     error = layer_error(values, problem.target.astype(values.dtype), problem.moments.second)
     finite = rounded.stats.finite & jnp.all(jnp.isfinite(problem.target))
     return dataclasses.replace(rounded, stats=dataclasses.replace(rounded.stats, error=error, finite=finite))

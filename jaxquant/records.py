@@ -14,7 +14,7 @@ from jaxquant.errors import NonFiniteError
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source
 from jaxquant.models.config import ModelConfig
-from jaxquant.quant import QArray
+from jaxquant.quant import MixedQArray, Packed
 from jaxquant.surgery import RotatedSource
 
 Event = dict[str, Any]
@@ -28,6 +28,23 @@ def read_rows(folder: Path) -> tuple[list[Event], dict[str, list[Event]]]:
     records = [checkpoint.load_block(folder, i)[1] for i in range(checkpoint.finished_blocks(folder))]
     pictures = {kind: [p for r in records for p in r.get(kind, [])] for kind in ("histograms", "sites")}
     return [row for r in records for row in r["rows"]], pictures
+
+
+def packed_row(packed: Packed, index: int, path: str) -> Event:
+    """Place and size of a packed linear; where groups differ in bits their mean, and how many have which."""
+    mixed = isinstance(packed, MixedQArray)
+    row = {
+        "module": f"blocks.{index}.{path}",
+        "block": index,
+        "linear": path,
+        "shape": list(packed.shape),
+        "bits": packed.bits if mixed else packed.grid.bits,
+        "group_size": packed.group_size if mixed else packed.grid.group_size,
+        "bytes": packed.nbytes,
+    }
+    if mixed:
+        row["widths"] = {str(bits): count for bits, count in packed.widths.items()}
+    return row
 
 
 def kept_row(kernel: jax.Array, index: int, path: str) -> Event:
@@ -53,10 +70,17 @@ def kept_row(kernel: jax.Array, index: int, path: str) -> Event:
     }
 
 
-def histogram(kernel: jax.Array, packed: QArray, module: str) -> Event:
-    """Distribution of the original weights in units of the grid: level k of a group lies at k."""
-    grid, scale, zero = packed.grid, packed.scale.astype(jnp.float32), packed.zero
+def histogram(kernel: jax.Array, packed: Packed, module: str) -> Event:
+    """Distribution of the original weights in units of the grid: level k of a group lies at k.
+
+    Of groups that differ in bits, those with the most.
+    """
     w = kernel.astype(jnp.float32)
+    if isinstance(packed, MixedQArray):
+        count = packed.parts[-1].scale.shape[0]
+        groups = w.reshape(len(packed.order), -1, w.shape[1])[packed.order[-count:]]
+        w, packed = groups.reshape(-1, w.shape[1]), packed.parts[-1]
+    grid, scale, zero = packed.grid, packed.scale.astype(jnp.float32), packed.zero
     w = w if packed.order is None else w[packed.order]
     w = w.reshape(scale.shape[0], -1, scale.shape[1])
     shift = grid.constant_zero if zero is None else zero.astype(jnp.float32)[:, None, :]

@@ -110,7 +110,7 @@ class RTN(Rounding):
 
     def __call__(self, problem: Problem) -> Rounded:
         """See `methods.rtn.rtn`."""
-        return rtn(problem.weight, problem.moments, problem.grid)
+        return rtn(problem.weight, problem.moments, problem.grid, group_bits=problem.group_bits)
 
     def __str__(self) -> str:
         return "RTN"
@@ -146,8 +146,15 @@ class GPTQ(Rounding):
 
     def __call__(self, problem: Problem) -> Rounded:
         """See `methods.gptq.gptq`."""
-        options = {"act_order": self.act_order, "groups": self.groups, "percdamp": self.percdamp}
-        return gptq(problem.weight, problem.moments, problem.grid, **options)
+        return gptq(
+            problem.weight,
+            problem.moments,
+            problem.grid,
+            act_order=self.act_order,
+            groups=self.groups,
+            percdamp=self.percdamp,
+            group_bits=problem.group_bits,
+        )
 
     def __str__(self) -> str:
         order = "act-order" if self.act_order else "no act-order"
@@ -229,7 +236,7 @@ class Best(Stage):
             weight=jnp.concatenate([weight[:, tried] for weight in weights], axis=1),
             target=jnp.tile(target, (1, len(weights))),
         )
-        values = jnp.split(then(trial).pack().dequantize(dtype), len(weights), axis=1)
+        values = jnp.split(then(trial).values(dtype), len(weights), axis=1)
         errors = jnp.stack([layer_error(part, target, judge.second.astype(dtype)) for part in values])
         # NaN would count as the least.
         choice = jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))

@@ -26,7 +26,7 @@ from jaxquant.models.decoder import TAPS, block, embed, forward, init_params
 from jaxquant.named import named
 from jaxquant.pipeline import quantize_model
 from jaxquant.plan import plan
-from jaxquant.quant import Grid, QArray
+from jaxquant.quant import Grid, QArray, QStack, is_packed
 from jaxquant.recipe import by_path, chain, masked
 from jaxquant.records import read_rows
 from jaxquant.stages import AWQ, FINE, GPTQ, RTN, Best, Keep, MagR, Tune
@@ -279,11 +279,32 @@ def test_group_size_that_does_not_divide_is_refused_before_anything_is_written(p
     assert not (tmp_path / "q").exists()
 
 
-def test_blocks_with_different_grids_are_refused_before_anything_is_written(params, tokens, tmp_path):
-    recipe = by_path({"blocks.0.*": named("rtn", Grid(bits=8, group_size=16))}, RECIPE)
-    with pytest.raises(UsageError, match=r"blocks\.1\.attn\.q: .*W3 g16 .* but block 0 has RTN, W8 g16"):
-        quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q")
-    assert not (tmp_path / "q").exists()
+def test_blocks_with_different_grids_run_and_reload(params, tokens, tmp_path):
+    kept = chain(Keep(), grid=GRID)
+    dynamic = chain(GPTQ(groups="dynamic"), grid=GRID)
+    rules = {r"blocks\.0\.": named("rtn", Grid(bits=8)), r"\.1\.mlp\.up": kept, r"\.2\.attn\.q": dynamic}
+    recipe, source = by_path(rules, RECIPE), MemorySource(params)
+    summary = quantize_model(source, recipe, tokens, tmp_path / "q")
+    loaded, config = checkpoint.load_checkpoint(tmp_path / "q")
+    kernels = {
+        path: loaded["blocks"][path.split(".")[0]][path.split(".")[1]]["kernel"] for path in checkpoint.PATHS
+    }
+    assert all(isinstance(kernel, QStack) for kernel in kernels.values())
+    assert [len(kernels[path].parts) for path in ("attn.k", "attn.q", "mlp.up")] == [2, 3, 3]
+    estimate = plan(source.config, recipe, samples=4, seqlen=24)
+    assert summary["quantized_bytes"] == sum(r["bytes"] for r in read_rows(tmp_path / "q")[0])
+    assert estimate.effective_bits == pytest.approx(summary["effective_bits"])
+
+    def dense(leaf):
+        return leaf.dequantize() if is_packed(leaf) else leaf
+
+    plain = [
+        jax.tree.map(dense, checkpoint.load_block(tmp_path / "q", i)[0], is_leaf=is_packed) for i in range(3)
+    ]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(a, jnp.float32) for a in leaves]), *plain)
+    ours = jax.jit(lambda p: forward(p, config, tokens).logits)(loaded)
+    theirs = forward({**loaded, "blocks": stacked}, config, tokens).logits
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("path", "place"), [

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import shutil
@@ -29,7 +28,8 @@ import numpy as np
 
 from jaxquant.errors import InputError, UsageError
 from jaxquant.models.config import LINEARS, ModelConfig
-from jaxquant.quant import Grid, QArray
+from jaxquant.quant import Grid, MixedQArray, Packed, QArray, QStack, is_packed
+from jaxquant.quant.mixed import layout
 
 MANIFEST = "jaxquant.json"
 FORMAT = 1
@@ -94,19 +94,17 @@ def save_outer(folder: Path, outer: Mapping[str, Any]) -> None:
 
 
 def save_block(folder: Path, index: int, params: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Writes one block: kernels that are `QArray`s are stored by their leaves, the rest as it is.
+    """Writes one block: packed kernels are stored by their leaves, the rest as it is.
 
-    `record` is JSON kept with the block (log rows); a grid and a shape per quantized linear are added to it.
+    `record` is JSON kept with the block (log rows); grids and shapes of packed linears are added to it.
     """
     linears = {}
-    stored = jax.tree.map(lambda leaf: leaf, dict(params), is_leaf=_is_qarray)
+    stored = jax.tree.map(lambda leaf: leaf, dict(params), is_leaf=is_packed)
     for path in PATHS:
         part, name = path.split(".")
         kernel = stored[part][name]["kernel"]
-        if isinstance(kernel, QArray):
-            linears[path] = {"grid": kernel.grid.to_dict(), "shape": list(kernel.shape)}
-            leaves = {leaf: getattr(kernel, leaf) for leaf in _LEAVES}
-            stored[part][name]["kernel"] = {k: v for k, v in leaves.items() if v is not None}
+        if is_packed(kernel):
+            stored[part][name]["kernel"], linears[path] = _taken_apart(kernel)
     save_tree(_block_folder(folder, index), params=_numpy(stored), record={**record, "linears": linears})
 
 
@@ -116,9 +114,7 @@ def load_block(folder: Path, index: int) -> tuple[dict[str, Any], dict[str, Any]
     params, record = items["params"], items["record"]
     for path, static in record["linears"].items():
         part, name = path.split(".")
-        leaves = {leaf: params[part][name]["kernel"].get(leaf) for leaf in _LEAVES}
-        grid, shape = Grid(**static["grid"]), (static["shape"][0], static["shape"][1])
-        params[part][name]["kernel"] = QArray(**leaves, grid=grid, shape=shape)
+        params[part][name]["kernel"] = _put_together(params[part][name]["kernel"], static)
     return params, record
 
 
@@ -144,6 +140,8 @@ def remove_partial(folder: Path) -> None:
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     """`(params, config)` of a finished quantized model, blocks stacked on axis 0, bit for bit as saved.
 
+    A kernel whose grid is not the same in all blocks is a `QStack`.
+
     Raises:
       InputError: the run that wrote it is unfinished, or blocks are missing or damaged.
     """
@@ -155,15 +153,16 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
             f"{folder}: only {done} of {config.num_layers} blocks are quantized; finish the run with --resume"
         )
     outer = jax.tree.map(jnp.asarray, load_outer(folder))
-    # Into arrays allocated for the result: a list of blocks to be stacked would hold the model twice.
-    first, _ = load_block(folder, 0)
-    stacked = jax.tree.map(lambda leaf: np.empty((done, *leaf.shape), leaf.dtype), first)
+    blocks, trees = [], set()
     for index in range(done):
-        block = load_block(folder, index)[0] if index else first
-        if _layout(block) != _layout(first):
-            raise InputError(f"{folder}: blocks differ in grid, layout or dtype and cannot be stacked")
-        jax.tree.map(functools.partial(_put, index), stacked, block)
-    return {**outer, "blocks": jax.tree.map(jnp.asarray, stacked)}, config
+        leaves, tree = jax.tree.flatten(load_block(folder, index)[0], is_leaf=is_packed)
+        blocks.append(leaves)
+        trees.add(tree)
+    if len(trees) > 1:
+        raise InputError(f"{folder}: blocks differ in their parameters and cannot be stacked")
+    # Taken out of the blocks one by one, so that no more than one kernel is held twice.
+    stacked = [_stacked(folder, [leaves.pop(0) for leaves in blocks]) for _ in range(tree.num_leaves)]
+    return {**outer, "blocks": jax.tree.unflatten(tree, stacked)}, config
 
 
 def disk_bytes(folder: Path) -> int:
@@ -208,16 +207,32 @@ def _block_folder(folder: Path, index: int) -> Path:
     return folder / "blocks" / f"{index:03d}"
 
 
-def _layout(tree: Any) -> tuple[Any, list[np.dtype]]:
-    return jax.tree.structure(tree), [leaf.dtype for leaf in jax.tree.leaves(tree)]
+def _taken_apart(kernel: Packed) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays and static facts of a packed kernel."""
+    if isinstance(kernel, MixedQArray):
+        arrays, facts = zip(*map(_taken_apart, kernel.parts), strict=True)
+        return {"order": kernel.order, **{str(i): own for i, own in enumerate(arrays)}}, {"parts": facts}
+    leaves = {leaf: getattr(kernel, leaf) for leaf in _LEAVES}
+    arrays = {name: array for name, array in leaves.items() if array is not None}
+    return arrays, {"grid": kernel.grid.to_dict(), "shape": list(kernel.shape)}
 
 
-def _put(index: int, target: np.ndarray, leaf: np.ndarray) -> None:
-    target[index] = leaf
+def _put_together(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> Any:
+    """`_taken_apart` undone."""
+    if "parts" in facts:
+        parts = (_put_together(arrays[str(i)], own) for i, own in enumerate(facts["parts"]))
+        return MixedQArray(parts=tuple(parts), order=arrays["order"])
+    leaves: dict[str, Any] = {leaf: arrays.get(leaf) for leaf in _LEAVES}
+    return QArray(**leaves, grid=Grid(**facts["grid"]), shape=(facts["shape"][0], facts["shape"][1]))
 
 
-def _is_qarray(leaf: Any) -> bool:
-    return isinstance(leaf, QArray)
+def _stacked(folder: Path, layers: list[Any]) -> Any:
+    """Equal leaves of all blocks on axis 0; packed kernels that differ as a `QStack`."""
+    if len({layout(layer) for layer in layers}) == 1:
+        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *layers)
+    if not any(map(is_packed, layers)):
+        raise InputError(f"{folder}: parameters of the blocks differ in shape or dtype and cannot be stacked")
+    return QStack.of(layers)
 
 
 def _numpy(tree: Any) -> Any:

@@ -13,6 +13,7 @@ from jaxquant.errors import UsageError
 from jaxquant.linalg import product, rows_from
 from jaxquant.methods.problem import Problem
 from jaxquant.methods.rounded import Rounded, layer_error
+from jaxquant.quant.mixed import quantize
 
 _BLOCK = 128
 # Rows that change one by one; their changes stay in the cache of a core.
@@ -84,7 +85,7 @@ def coordinate_descent(problem: Problem, rounded: Rounded, *, sweeps: int = 4) -
                 old = rows_from(values, k, 1)
                 slope = rows_from(strip_gradient, i, 1) - product(rows_from(within, i, 1), strip_changes)
                 best = old + rows_from(inverse, k, 1)[:, None] * slope
-                code = one_group.quantize(best, scale, zero)
+                code = quantize(one_group, best, scale, zero, rounded.bits_of(g))
                 value = one_group.dequantize(code, scale, zero, dtype)
                 nearer = jnp.abs(value - best) < jnp.abs(old - best)
                 value, code = jnp.where(nearer, value, old), jnp.where(nearer, code, rows_from(codes, k, 1))

@@ -24,6 +24,7 @@ from jaxquant.linalg import product, rows_from
 from jaxquant.methods.coordinate import coordinate_descent
 from jaxquant.methods.problem import Problem
 from jaxquant.methods.rounded import Rounded, layer_error, relative_energy
+from jaxquant.quant.mixed import quantize
 
 # Rows whose own changes are kept apart from the gradient of the whole.
 _ROWS = 64
@@ -192,7 +193,7 @@ def two_sided_descent(
             total = diagonal[j] + curvature
             step = jnp.where(alive, rows_from(pull, at, _CHANNELS, 0) / jnp.where(total > 0, total, 1), 0)
             best = mine + step[None]
-            found = one_group.quantize(best, s, z)
+            found = quantize(one_group, best, s, z, rounded.bits_of(group[j]))
             value = one_group.dequantize(found, s, z, dtype)
             nearer = alive & (jnp.abs(value - best) < jnp.abs(mine - best))
             value, found = jnp.where(nearer, value, mine), jnp.where(nearer, found, mine_code)

@@ -8,13 +8,14 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxquant.calibrate.moments import Moments
 from jaxquant.errors import UsageError
 from jaxquant.linalg import damped_factor, rows_from
 from jaxquant.methods.rounded import Rounded, Stats, output_energy, relative_energy
 from jaxquant.quant import Grid, working_dtype
+from jaxquant.quant.mixed import fit, quantize
 
 Groups = Literal["static", "dynamic"]
 
@@ -33,6 +34,7 @@ def gptq(
     percdamp: float | Array = 0.01,
     block: int = 128,
     fixed: Rounded | None = None,
+    group_bits: Int[Array, " groups"] | None = None,
 ) -> Rounded:
     """Rounds the inputs of a layer one after another; each error is made up for by the inputs that follow.
 
@@ -61,19 +63,24 @@ def gptq(
       percdamp: damping in units of `mean(diag H)`, doubled on failure (see `linalg.psd`).
       block: rows per lazy update with static groups; with dynamic groups a block is a group.
       fixed: a former rounding whose static grids are kept instead of fitting new ones.
+      group_bits: see `Problem`; for static groups, without `fixed`.
 
     Returns:
       `Rounded`; `stats.finite` is false where the weight or `H` held NaN or infinity, and the codes are
       then meaningless.
 
     Raises:
-      UsageError: the group size does not divide `in`, `groups` is neither word, or `fixed` meets dynamic
-        groups.
+      UsageError: the group size does not divide `in`, `groups` is neither word, or `fixed` or `group_bits`
+        meets dynamic groups.
     """
     if groups not in get_args(Groups):
         raise UsageError(f"unknown groups {groups!r}; use {' or '.join(get_args(Groups))}")
     if fixed is not None and (groups == "dynamic" or fixed.order is not None):
         raise UsageError("gptq: grids can be kept with static groups only")
+    if fixed is not None:
+        group_bits = fixed.group_bits
+    if group_bits is not None and groups == "dynamic":
+        raise UsageError("gptq: bits by group need static groups")
     dtype = working_dtype(weight.dtype, moments.second.dtype)
     w, h = weight.astype(dtype), moments.second.astype(dtype)
     rows, columns = w.shape
@@ -86,7 +93,7 @@ def gptq(
     mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1).astype(dtype)
     diagonal = jnp.where(dead, jnp.where(jnp.all(dead), 1, mean), diagonal)
     if fixed is None:
-        scale, zero = grid.fit(jnp.where(dead[:, None], 0, w))
+        scale, zero = fit(grid, jnp.where(dead[:, None], 0, w), group_bits)
     else:
         scale, zero = fixed.scale, fixed.zero
 
@@ -139,7 +146,8 @@ def gptq(
                 g = rows_from(group, start + offset + k, 1)[0]
                 row_scale = rows_from(block_scale, g, 1)
                 row_zero = None if block_zero is None else rows_from(block_zero, g, 1)
-                code = one_group.quantize(row, row_scale, row_zero)
+                bits = None if group_bits is None else group_bits[g][None]
+                code = quantize(one_group, row, row_scale, row_zero, bits)
                 value = one_group.dequantize(code, row_scale, row_zero, dtype)
                 error = rows_from(weights, k, 1) - value
                 return jax.lax.dynamic_update_slice_in_dim(strip_errors, error, k, axis=0), code[0]
@@ -177,6 +185,7 @@ def gptq(
         order=order if dynamic and act_order else None,
         stats=stats,
         grid=grid,
+        group_bits=group_bits,
     )
 
 

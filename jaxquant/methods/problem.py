@@ -28,6 +28,8 @@ class Problem:
       grid: static; the grid of the result.
       outputs: `[..., out, out]`, second moment of the loss gradients at the outputs, for methods that weigh
         the way back; or `None`.
+      group_bits: int32 `[..., groups]`, bits of each group, of those that `quant.mixed.neighbors` names; or
+        `None`: all have `grid.bits`.
     """
 
     weight: Float[Array, "*stack in out"]
@@ -36,6 +38,7 @@ class Problem:
     held_out: Moments | None
     grid: Grid = dataclasses.field(metadata={"static": True})
     outputs: Float[Array, "*stack out out"] | None = None
+    group_bits: Int[Array, "*stack groups"] | None = None
 
     def in_order(
         self, order: Int[Array, " in"] | None

@@ -96,7 +96,8 @@ def refit_grid(problem: Problem, rounded: Rounded, *, integer_zero: bool = False
     moved = jnp.where(usable, moved, scale)
     new_scale, new_zero = grid.storable(moved).astype(rounded.scale.dtype), rounded.zero
     if fits_zero and rounded.zero is not None:
-        shifted = jnp.clip(zero - change[groups:] / moved, 0, 2**grid.bits - 1)
+        bits = jnp.asarray(grid.bits) if rounded.group_bits is None else rounded.group_bits[:, None]
+        shifted = jnp.clip(zero - change[groups:] / moved, 0, (2**bits - 1).astype(dtype))
         new_zero = jnp.where(usable, shifted, zero).astype(rounded.zero.dtype)
 
     def errors(scale: Array, zero: Array | None) -> Array:
@@ -115,7 +116,7 @@ def refit_grid(problem: Problem, rounded: Rounded, *, integer_zero: bool = False
 def better_columns(problem: Problem, a: Rounded, b: Rounded) -> Rounded:
     """Of two roundings on one kind of grid, column by column the one with less error; statistics of `b`."""
     w, h = problem.in_order(None)
-    first, second = (_column_energies(r.pack().dequantize(w.dtype) - w, h) for r in (a, b))
+    first, second = (_column_energies(r.values(w.dtype) - w, h) for r in (a, b))
     less = (first < second)[None, :]
     zero = None if a.zero is None or b.zero is None else jnp.where(less, a.zero, b.zero)
     error = relative_energy(jnp.sum(jnp.minimum(first, second)), output_energy(w, h))

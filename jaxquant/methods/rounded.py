@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from jaxquant.quant import Grid, QArray
+from jaxquant.quant import Grid, MixedQArray, Packed, QArray
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +46,7 @@ class Rounded:
       order: int32 `[..., in]` or `None`.
       stats: see `Stats`.
       grid: static.
+      group_bits: as in `Problem`.
     """
 
     codes: UInt[Array, "*stack in out"]
@@ -54,10 +55,24 @@ class Rounded:
     order: Int[Array, "*stack in"] | None
     stats: Stats
     grid: Grid = dataclasses.field(metadata={"static": True})
+    group_bits: Int[Array, "*stack groups"] | None = None
 
-    def pack(self) -> QArray:
-        """The packed weight."""
+    def pack(self) -> Packed:
+        """The packed weight; with `group_bits` of one matrix, and not under `jit`."""
+        if self.group_bits is not None:
+            return MixedQArray.from_codes(self.codes, self.scale, self.zero, self.grid, self.group_bits)
         return QArray.from_codes(self.codes, self.scale, self.zero, self.grid, order=self.order)
+
+    def values(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*stack in out"]:
+        """What `pack().dequantize(dtype)` gives."""
+        values = self.grid.dequantize(self.codes, self.scale, self.zero, dtype)
+        if self.order is None:
+            return values
+        return jnp.take_along_axis(values, jnp.argsort(self.order, axis=-1)[..., None], axis=-2)
+
+    def bits_of(self, group: Int[Array, ""]) -> Int[Array, " one"] | None:
+        """`group_bits` of one group."""
+        return None if self.group_bits is None else self.group_bits[group][None]
 
 
 def layer_error(

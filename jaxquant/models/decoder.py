@@ -2,8 +2,9 @@
 
 The parameters of all blocks are stacked on axis 0 and scanned, so compile time does not grow with depth;
 `block` is the same computation for one block alone. Kernels are float arrays, cast to the dtype of the
-activations where they are used, or anything that defines `x @ kernel` (a packed `QArray`); where the
-precision quantizes activations, x is a `QActivation` there, and for float kernels the values it stands for.
+activations where they are used, or anything that defines `x @ kernel` (a packed `QArray`), or a `QStack` of
+layers that differ; where the precision quantizes activations, x is a `QActivation` there, and for float
+kernels the values it stands for.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jaxquant.models.attention import attention
 from jaxquant.models.cache import KVCache
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.models.rotary import rotate, tables
-from jaxquant.quant import ActivationGrid, QActivation
+from jaxquant.quant import ActivationGrid, QActivation, QStack
 
 Params = dict[str, Any]
 #: Parameters, dense or packed, and their config.
@@ -253,7 +254,13 @@ def _run(
     slices = None if cache is None else (cache.k, cache.v)
 
     def step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-        block_params, flag, pair, shift = layer
+        own_params, flag, pair, shift = layer
+        block_params = jax.tree.map(
+            lambda stack, own: stack.at(own) if isinstance(stack, QStack) else own,
+            params["blocks"],
+            own_params,
+            is_leaf=_is_stack,
+        )
         x = x if shift is None else x + shift
         own = None if cache is None else KVCache(k=pair[0], v=pair[1], length=cache.length)
         flag = flag if mixed else any(flags)
@@ -263,7 +270,11 @@ def _run(
 
     # Inside a scan nothing is merged across iterations, so nothing need be kept from merging.
     step = jax.checkpoint(step, prevent_cse=False) if remat else step
-    x, (slices, collected) = lax.scan(step, x, (params["blocks"], sliding, slices, shifts))
+    # Of layers that differ in layout the scan gets the places only.
+    scanned = jax.tree.map(
+        lambda leaf: leaf.places if isinstance(leaf, QStack) else leaf, params["blocks"], is_leaf=_is_stack
+    )
+    x, (slices, collected) = lax.scan(step, x, (scanned, sliding, slices, shifts))
     if cache is not None:
         cache = KVCache(k=slices[0], v=slices[1], length=cache.length + length)
     return rms_norm(x, params["norm"], config), cache, collected
@@ -375,6 +386,10 @@ def _matmul(x: jax.Array | QActivation, kernel: Any, dtype: Any) -> jax.Array:
         x = _values(x)
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
     return (x @ kernel).astype(dtype)
+
+
+def _is_stack(leaf: Any) -> bool:
+    return isinstance(leaf, QStack)
 
 
 def _is_array(kernel: Any) -> bool:

@@ -1,15 +1,20 @@
-"""What a quantized array is: grids (how), `QArray` and `QActivation` (what), `packing` (bits)."""
+"""What a quantized array is: grids (how), `QArray`, `MixedQArray`, `QActivation` (what), `packing` (bits)."""
 
 from jaxquant.quant.activation import ActivationGrid, QActivation
 from jaxquant.quant.grid import Grid, working_dtype
+from jaxquant.quant.mixed import MixedQArray, Packed, QStack, is_packed
 from jaxquant.quant.packing import pack, packed_rows, unpack
 from jaxquant.quant.qarray import QArray, quantize
 
 __all__ = [
     "ActivationGrid",
     "Grid",
+    "MixedQArray",
+    "Packed",
     "QActivation",
     "QArray",
+    "QStack",
+    "is_packed",
     "pack",
     "packed_rows",
     "quantize",

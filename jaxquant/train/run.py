@@ -22,9 +22,9 @@ from jaxquant.folder import kept_gradients, open_run, storable, token_facts, ver
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source, load_params
 from jaxquant.plan import plan
-from jaxquant.quant import Grid, QArray
+from jaxquant.quant import Grid, MixedQArray, QStack, is_packed
 from jaxquant.recipe import Recipe, chain
-from jaxquant.records import Event, kept_row
+from jaxquant.records import Event, kept_row, packed_row
 from jaxquant.stages import RTN
 from jaxquant.train.latent import latent_params, packed_params, split
 from jaxquant.train.loop import Training, train
@@ -77,7 +77,7 @@ def train_model(
         # What is saved in 16 bits is trained so.
         student = latent_params({**original, **storable(teacher.outer())}, start)
     else:
-        student = latent_params(checkpoint.load_checkpoint(start)[0])
+        student = latent_params(_equal_layers(start))
     identity = {
         "source": {"name": teacher.name, "fingerprint": teacher.fingerprint()},
         "recipe": recipe.to_dict(),
@@ -167,17 +167,20 @@ def _start(teacher: Source, start: Grid | Path, options: Training) -> tuple[Reci
     return recipe, {"name": str(start), "fingerprint": digest.hexdigest()}
 
 
+def _equal_layers(folder: Path) -> dict[str, Any]:
+    """The parameters in `folder`, if one grid serves all layers of a linear."""
+    params, _ = checkpoint.load_checkpoint(folder)
+    kinds = (QStack, MixedQArray)
+    leaves = jax.tree.leaves(params["blocks"], is_leaf=lambda leaf: isinstance(leaf, kinds))
+    if any(isinstance(leaf, kinds) for leaf in leaves):
+        raise UsageError(
+            f"{folder} mixes bits within a linear or between its layers, which training cannot start from; "
+            "give a model with one grid for all layers of a linear, or a grid"
+        )
+    return params
+
+
 def _row(block: dict[str, Any], index: int, path: str) -> Event:
     part, name = path.split(".")
     packed = block[part][name]["kernel"]
-    if not isinstance(packed, QArray):
-        return kept_row(packed, index, path)
-    return {
-        "module": f"blocks.{index}.{path}",
-        "block": index,
-        "linear": path,
-        "shape": list(packed.shape),
-        "bits": packed.grid.bits,
-        "group_size": packed.grid.group_size,
-        "bytes": packed.nbytes,
-    }
+    return (packed_row if is_packed(packed) else kept_row)(packed, index, path)

@@ -42,7 +42,7 @@ def nearest(w: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np
     return np.clip(np.round(w / scale + (zero - whole)) + whole, 0, 2**bits - 1)
 
 
-def prepare(w, h, grid: Grid, act_order: bool, percdamp: float):
+def prepare(w, h, grid: Grid, act_order: bool, percdamp: float, bits=None):
     """Dead inputs, order, damping: what both algorithms start from."""
     w, h, dead = w.copy(), h.copy(), np.diagonal(h) == 0
     w[dead] = 0
@@ -50,13 +50,15 @@ def prepare(w, h, grid: Grid, act_order: bool, percdamp: float):
     order = np.argsort(-np.diagonal(h), kind="stable") if act_order else np.arange(len(h))
     damped = h + percdamp * np.diagonal(h).mean() * np.eye(len(h))
     group = len(w) // grid.groups(len(w))
-    static = [fit(grid, w[i : i + group]) for i in range(0, len(w), group)]
+    bits = [grid.bits] * (len(w) // group) if bits is None else bits
+    grids = [Grid(**grid.to_dict() | {"bits": int(b)}) for b in bits]
+    static = [fit(own, w[i * group : (i + 1) * group]) for i, own in enumerate(grids)]
     return w[order], damped[order][:, order], order, group, static
 
 
-def gptq_reference(w, h, grid: Grid, *, act_order=False, dynamic=False, percdamp=0.01):
+def gptq_reference(w, h, grid: Grid, *, act_order=False, dynamic=False, percdamp=0.01, bits=None):
     """Paper, algorithm 1 with B = 1: codes in processing order, grids, order, dequantized weight."""
-    w, h, order, group, grids = prepare(w, h, grid, act_order, percdamp)
+    w, h, order, group, grids = prepare(w, h, grid, act_order, percdamp, bits)
     u = np.linalg.cholesky(np.linalg.inv(h)).T
     codes, values = np.zeros_like(w), np.zeros_like(w)
     for k in range(len(w)):
@@ -64,7 +66,7 @@ def gptq_reference(w, h, grid: Grid, *, act_order=False, dynamic=False, percdamp
         if dynamic and k % group == 0:
             grids[index] = fit(grid, w[k : k + group])
         scale, zero = grids[index]
-        codes[k] = nearest(w[k], scale, zero, grid.bits)
+        codes[k] = nearest(w[k], scale, zero, grid.bits if bits is None else bits[index])
         values[k] = scale * (codes[k] - zero)
         w[k + 1 :] -= np.outer(u[k, k + 1 :], (w[k] - values[k]) / u[k, k])
     inverse = np.argsort(order)

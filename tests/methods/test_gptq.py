@@ -61,6 +61,25 @@ def test_equals_the_reference(grid, options):
     assert float(single.stats.error) == pytest.approx(float(result.stats.error), rel=1e-3)
 
 
+def test_groups_with_their_own_bits_equal_the_reference():
+    w, x = correlated_layer(ROWS, OUT, dead=3)
+    grid, bits = Grid(bits=3, group_size=16), np.array([4, 2, 3, 3, 2, 4])
+    with jax.enable_x64(True):
+        codes, grids, order, values = gptq_reference(w, x.T @ x, grid, act_order=True, bits=bits)
+        moments = moments_of(x, jnp.float64)
+        result = gptq(jnp.asarray(w), moments, grid, group_bits=jnp.asarray(bits))
+        np.testing.assert_array_equal(in_processing_order(result, order), codes)
+        np.testing.assert_array_equal(result.scale, np.stack([scale for scale, _ in grids]))
+        np.testing.assert_allclose(dequantized(result), values, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(result.values(), dequantized(result))
+        equal = gptq(jnp.asarray(w), moments, grid, group_bits=jnp.full(6, 3))
+        plain = gptq(jnp.asarray(w), moments, grid)
+    for name in ("codes", "scale", "zero"):
+        np.testing.assert_array_equal(getattr(equal, name), getattr(plain, name))
+    with pytest.raises(UsageError, match="bits by group need static groups"):
+        gptq(jnp.asarray(w), moments_of(x), grid, groups="dynamic", group_bits=jnp.full(6, 3))
+
+
 @pytest.mark.parametrize("bits", [5, 6, 7])
 def test_ldlq_is_the_same_algorithm(bits):
     """The second reference needs no inverse and never updates the weight."""
