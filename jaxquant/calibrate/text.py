@@ -36,8 +36,10 @@ def read_text(spec: str) -> str:
         `hub:NAME[:CONFIG][:SPLIT][:FIELD]`: rows of a Hugging Face data set, joined with two newlines; an
           empty part keeps its default (no config, `train`, `text`);
         anything else: a UTF-8 file. `.raw` is read as WikiText: rows joined with two newlines, a blank row
-          being the empty string. `.jsonl` gives one document a line, the field `text` or `prefix` +
-          `gold_completion`, joined with two newlines. Both, and plain text, may end in `.gz`.
+          being the empty string. `.jsonl` gives one document a line, joined with two newlines: the field
+          `text`; `prefix` + `gold_completion`; `question` and `answer` (GSM8K) as
+          "Question: ...\nAnswer: ..."; or `query`, which asks by itself, and the one of its `choices` that
+          `gold` counts from 0 (ARC, PIQA) as "...\nAnswer: ...". All may end in `.gz`.
 
     Raises:
       InputError: nothing there, nothing in it, not text, or a row without a text field.
@@ -215,12 +217,20 @@ def _json_row(line: str, place: str) -> str:
         raise InputError(f"{place}: not JSON ({error.msg}); write one JSON object a line") from None
     if not isinstance(row, dict):
         raise InputError(f"{place}: a JSON object is needed, found {type(row).__name__}")
-    fields = ["text"] if "text" in row else ["prefix", "gold_completion"]
-    values = [row[field] for field in fields if isinstance(row.get(field), str)]
-    if len(values) < len(fields):
-        found = ", ".join(row) or "nothing"
-        raise InputError(f"{place}: no string field text (nor prefix and gold_completion); found {found}")
-    return "".join(values)
+    match row:
+        case {"text": str(text)}:
+            return text
+        case {"prefix": str(prefix), "gold_completion": str(completion)}:
+            return prefix + completion
+        case {"question": str(question), "answer": str(answer)}:
+            return f"Question: {question}\nAnswer: {answer}"
+        case {"query": str(query), "choices": [*choices], "gold": int(gold)} if gold in range(len(choices)):
+            if isinstance(choices[gold], str):
+                return f"{query.rstrip()}\nAnswer: {choices[gold]}"
+    raise InputError(
+        f"{place}: no string field text (nor prefix and gold_completion, question and answer, or query with "
+        f"choices and gold, the number of one); found {', '.join(row) or 'nothing'}"
+    )
 
 
 def _hub(spec: str) -> str:

@@ -114,6 +114,30 @@ def test_jsonl_takes_text_or_prefix_and_completion(tmp_path, suffix):
     assert read_text(str(path)) == "a\nb\n\nonce upon"
 
 
+def test_jsonl_takes_questions_with_their_right_answers(tmp_path):
+    rows = [
+        {"question": "1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"},
+        {"query": "Question: Is it so?\n", "choices": ["no", "yes"], "gold": 1},
+        {"query": "Therefore", "choices": ["it is.", "it was."], "gold": 0},
+    ]
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert read_text(str(path)) == (
+        "Question: 1 + 1?\nAnswer: 1 + 1 = <<1+1=2>>2\n#### 2\n\n"
+        "Question: Is it so?\nAnswer: yes\n\n"
+        "Therefore\nAnswer: it is."
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "rows"), [("gsm8k/gsm8k_train_1000.jsonl", 1000), ("arc/arc_challenge_test_even.jsonl", 586)]
+)
+def test_task_files_are_read_as_questions(shared_data, file, rows):
+    text = read_text(str(shared_data / file))
+    assert text.startswith("Question: ")
+    assert len(re.findall(r"^Answer: ", text, re.MULTILINE)) == rows
+
+
 def test_gz_of_raw_and_of_text(tmp_path):
     (tmp_path / "a.raw.gz").write_bytes(gzip.compress(b"x\n \n"))
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x\n \n"))
@@ -139,6 +163,13 @@ def test_standard_input(monkeypatch):
         ("list.jsonl", b"[1]\n", "list.jsonl:1: a JSON object is needed, found list"),
         ("other.jsonl", b'{"body": "a", "id": 3}\n', "no string field text.*found body, id"),
         ("number.jsonl", b'{"text": 3}\n', "no string field text"),
+        (
+            "gold.jsonl",
+            b'{"query": "q", "choices": ["a"], "gold": 1}\n',
+            "gold.jsonl:1: no string field text",
+        ),
+        ("choices.jsonl", b'{"query": "q", "choices": [1], "gold": 0}\n', "query with choices and gold"),
+        ("answer.jsonl", b'{"question": "q", "choices": ["a"]}\n', "question and answer"),
         ("notgz.txt.gz", b"plain", "cannot be read"),
         ("cut.txt.gz", gzip.compress(b"a" * 1000, mtime=0)[:-9], "cannot be read"),
     ],
