@@ -25,6 +25,7 @@ def fisher_weights(
     source: Source,
     tokens: np.ndarray,
     *,
+    relative: bool = True,
     on_block: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[TokenWeights]:
     """Squared loss gradients of the unquantized model at the outputs of its linears, token by token.
@@ -43,10 +44,13 @@ def fisher_weights(
     Args:
       source: the model; blocks are read twice per batch.
       tokens: int32 `[samples, seqlen]`.
+      relative: divide by the mean, which other tokens do not share: without it the gradients of several
+        texts can be compared.
       on_block: called with `(blocks done, blocks in total)`, forward and backward counted.
 
     Returns:
-      For every block, by tap, float32 `[samples, seqlen]`; 1 where all gradients of a tap are 0.
+      For every block, by tap, float32 `[samples, seqlen]`; relative weights are 1 where all gradients of a
+      tap are 0.
 
     Raises:
       NonFiniteError: a gradient is NaN or infinite; names the block and tap.
@@ -66,7 +70,8 @@ def fisher_weights(
                     f"blocks.{index}.{tap}: the gradient of the loss is not finite; check the model file, "
                     "or leave the Hessian at 'input'"
                 )
-            weights[tap] = (weight / mean if mean > 0 else np.ones_like(weight)).astype(np.float32)
+            if relative:
+                weights[tap] = (weight / mean if mean > 0 else np.ones_like(weight)).astype(np.float32)
     return found
 
 

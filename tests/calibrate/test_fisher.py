@@ -80,6 +80,14 @@ def test_weights_are_the_squared_gradients_of_the_loss(fields, tokens, monkeypat
             np.testing.assert_allclose(weights[tap], plain / plain.mean(), rtol=1e-4, atol=1e-5)
 
 
+def test_absolute_weights_keep_the_scale_of_the_gradient(tokens):
+    params = init_params(jax.random.key(0), CONFIG)
+    found = fisher_weights(MemorySource(params), tokens, relative=False)
+    every = [gradients(params, CONFIG, window) for window in tokens]
+    plain = np.stack([np.sum(np.square(e["mlp.down"][1]), axis=-1) for e in every])
+    np.testing.assert_allclose(found[1]["mlp_hidden"], plain, rtol=1e-4, atol=1e-5 * plain.max())
+
+
 def test_output_moments_are_those_of_the_gradients_of_the_loss(tokens, monkeypatch):
     monkeypatch.setattr(collect, "BATCH_TOKENS", 24)  # two batches
     params = init_params(jax.random.key(0), CONFIG)
