@@ -13,6 +13,16 @@ from jaxquant.methods.rotate import Rotations, fold_norms, quarot, rotate
 from jaxquant.methods.rounded import Rounded, Stats, layer_error
 from jaxquant.methods.rtn import rtn
 from jaxquant.methods.spin import cayley_step, spin
+from jaxquant.methods.tasa import (
+    aggregate,
+    allocate,
+    allocate_lagrangian,
+    group_salience,
+    isotonic,
+    kendall_interval,
+    normalize,
+    salience_swap,
+)
 from jaxquant.methods.tune import tune_scales
 
 __all__ = [
@@ -20,6 +30,9 @@ __all__ = [
     "Rotations",
     "Rounded",
     "Stats",
+    "aggregate",
+    "allocate",
+    "allocate_lagrangian",
     "awq",
     "awq_scale",
     "backward_error",
@@ -28,10 +41,14 @@ __all__ = [
     "coordinate_descent",
     "fold_norms",
     "gptq",
+    "group_salience",
+    "isotonic",
+    "kendall_interval",
     "layer_error",
     "linf_prox",
     "loss_descent",
     "magr",
+    "normalize",
     "offq",
     "osaq",
     "osaq_delta",
@@ -42,6 +59,7 @@ __all__ = [
     "refit_grid",
     "rotate",
     "rtn",
+    "salience_swap",
     "softmax_infinity",
     "spin",
     "tune_scales",
