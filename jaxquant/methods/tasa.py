@@ -118,12 +118,12 @@ def allocate(
     s, extra, capacity = _knapsack(sensitivity, costs, sizes, budget)
     start, price = _relax(s, extra, capacity)
     units = np.arange(len(s))
-    # With H = sum_u min_k (S + price extra), any allocation loses H - price capacity + its sum of `excess`
+    # With R = sum_u min_k (S + price extra), any allocation loses R - price capacity + its sum of `excess`
     # + price times the bits it leaves over. The first two are the same for all.
     excess = s + price * extra
     excess -= excess.min(axis=1, keepdims=True)
     gap = excess[units, start].sum() + price * (capacity - extra[units, start].sum())
-    limit = gap + 1e-12 * np.abs(s).max(axis=1).sum()
+    limit = gap + 1e-12 * s.max(axis=1).sum()  # rounding
 
     alive = excess <= limit
     # What is undecided comes last, so that it meets one partial allocation instead of multiplying many.
@@ -320,7 +320,7 @@ def _table(values: np.ndarray, name: str) -> Float[np.ndarray, "units widths"]:
 def _knapsack(
     sensitivity: np.ndarray, costs: np.ndarray, sizes: np.ndarray, budget: float
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Sensitivities, costs above each unit's least, and how much of that can be spent."""
+    """Sensitivities and costs above each unit's least, and how much of the costs can be spent."""
     s, stored, sizes = _table(sensitivity, "sensitivity"), _table(costs, "costs"), np.asarray(sizes)
     if stored.shape != s.shape or sizes.shape != s.shape[:1]:
         raise UsageError(
@@ -339,7 +339,7 @@ def _knapsack(
             f"budget={budget} effective bits per weight cannot be met; "
             f"these widths take {least.sum() / total:.4g} to {largest / total:.4g}"
         )
-    return s, whole - least, int(capacity)
+    return s - s.min(axis=1, keepdims=True), whole - least, int(capacity)
 
 
 def _relax(s: np.ndarray, extra: np.ndarray, capacity: int) -> tuple[np.ndarray, float]:
@@ -349,7 +349,7 @@ def _relax(s: np.ndarray, extra: np.ndarray, capacity: int) -> tuple[np.ndarray,
         return np.argmin(s + price * extra, axis=1)
 
     # Whatever bits could save, one bit costs more than that at this price.
-    low, high = 0.0, 2 * float(np.ptp(s)) + np.finfo(np.float64).tiny
+    low, high = 0.0, 2 * float(s.max()) + np.finfo(np.float64).tiny
     if extra[units, at(low)].sum() <= capacity:
         high = low
     while low < (middle := (low + high) / 2) < high:

@@ -139,6 +139,11 @@ def test_equal_units_of_equal_loss_share_a_budget_to_the_bit():
     assert allocate(s[:1], np.array([[200, 300, 435]]), np.array([100]), 4.35) == [2]
 
 
+def test_bits_that_save_nothing_are_not_bought_beyond_the_budget():
+    assert list(allocate(np.ones((3, 2)), np.tile([4, 2], (3, 1)), np.ones(3, int), 2.0)) == [1, 1, 1]
+    assert list(allocate(np.ones((2, 1)), np.array([[4], [6]]), np.array([1, 1]), 9.0)) == [0, 0]
+
+
 @pytest.mark.parametrize("kind", ["decreasing", "in proportion"])
 def test_a_thousand_units_take_less_than_a_second(kind):
     rng = np.random.default_rng(0)
