@@ -16,7 +16,7 @@ from jaxquant.quant import Grid, working_dtype
 
 # Partial allocations that are carried along. Measured tables need a few hundred; a table whose gains are all
 # in proportion to the cost would need one for every sum of costs.
-_STATES = 4096
+_STATES = 2048
 
 
 def normalize(increase: Float[np.ndarray, "units widths"]) -> Float[np.ndarray, "units widths"]:
@@ -97,7 +97,7 @@ def allocate(
     A knapsack with one choice per unit, solved by dynamic programming over the partial allocations that no
     other beats in both cost and loss (Nemhauser & Ullmann, 1969). Those that even at the price of
     `allocate_lagrangian` cannot end below its result are dropped, which leaves few to carry. Exact for any
-    sizes and costs, and so monotone in the budget, unless more than 4096 partial allocations remain: then an
+    sizes and costs, and so monotone in the budget, unless more than 2048 partial allocations remain: then an
     even selection of them is carried on. The result never exceeds the budget and never loses more than that
     of `allocate_lagrangian`.
 
