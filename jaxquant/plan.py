@@ -53,8 +53,9 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
             if own.keeps:
                 packed += 2 * n * m
                 continue
-            own.grid.groups(n, where=module)
+            groups = own.grid.groups(n, where=module)
             packed += own.grid.effective_bits(n) / 8 * n * m + 4 * n * own.stores_order
+            packed += 4 * groups * own.mixes_groups
     tokens, layers = samples * seqlen, config.num_layers
     runtime_bytes = 0
     if recipe.surgery is not None:

@@ -22,26 +22,12 @@ import jax.numpy as jnp
 
 from jaxquant.calibrate.moments import Mask
 from jaxquant.errors import UsageError
+from jaxquant.kinds import STAGES, Finish, Fold, Refinement, Rounding, Stage, Transform, register
 from jaxquant.methods import Problem, Rounded, layer_error
 from jaxquant.models.config import EXACT, ModelConfig, Precision
 from jaxquant.options import build, read_table, table_text
 from jaxquant.quant import Grid
-from jaxquant.stages import (
-    FINE,
-    GPTQ,
-    RTN,
-    STAGES,
-    Best,
-    Finish,
-    Fold,
-    Keep,
-    Refinement,
-    Refit,
-    Rounding,
-    Stage,
-    Transform,
-    register,
-)
+from jaxquant.stages import FINE, GPTQ, RTN, Best, GroupBits, Keep, Refit
 from jaxquant.surgery import Surgery
 
 _S = TypeVar("_S", bound=Stage)
@@ -119,6 +105,8 @@ class Recipe:
             raise UsageError(
                 "refit with passes > 1 rounds anew on given grids: use static groups, or passes=1"
             )
+        if any(isinstance(s.stage if isinstance(s, Masked) else s, GroupBits) for s in self.stages):
+            self._check_group_bits()
         for field, kind in (("hessian", Hessian), ("mask", Mask)):
             if (value := getattr(self, field)) not in get_args(kind):
                 raise UsageError(f"unknown {field} {value!r}; use {' or '.join(get_args(kind))}")
@@ -164,6 +152,12 @@ class Recipe:
         """The stages that change whole blocks once they are rounded; `at` leaves them out."""
         return self._of(Finish)
 
+    @property
+    def mixes_groups(self) -> bool:
+        """Whether groups of a linear differ in bits."""
+        stages = (stage.stage if isinstance(stage, Masked) else stage for stage in self.stages)
+        return any(isinstance(s, GroupBits) for s in stages) or any(r.mixes_groups for _, r in self.rules)
+
     def runtime(self, config: ModelConfig) -> ModelConfig:
         """The config of the quantized model.
 
@@ -176,6 +170,13 @@ class Recipe:
             config = dataclasses.replace(config, tie_embeddings=False)
         precision.check(config)
         return dataclasses.replace(config, precision=precision)
+
+    def _check_group_bits(self) -> None:
+        grid = self.grid
+        if grid.group_size is None or grid.symmetric or not 2 <= grid.bits <= 7 or self.stores_order:
+            raise UsageError(
+                f"bits by group need an asymmetric grid of 2 to 7 bits with static groups; got {self}"
+            )
 
     def _of(self, kind: type[_S]) -> tuple[_S, ...]:
         return tuple(stage for stage in self.stages if isinstance(stage, kind))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxquant.calibrate.moments import Moments, merge
 from jaxquant.errors import UsageError
+from jaxquant.kinds import Finish, Fold, Refinement, Rounding, Stage, Transform, register
 from jaxquant.methods import (
     Problem,
     Rounded,
@@ -18,89 +19,20 @@ from jaxquant.methods import (
     better_columns,
     coordinate_descent,
     gptq,
+    group_salience,
     layer_error,
     loss_descent,
     magr,
     osaq,
     refit_grid,
     rtn,
+    salience_swap,
     tune_scales,
     two_sided_descent,
 )
 from jaxquant.methods.gptq import Groups
 from jaxquant.quant import Grid, working_dtype
-
-#: Registered stages by the name that files use.
-STAGES: dict[str, type[Stage]] = {}
-_S = TypeVar("_S", bound="type[Stage]")
-
-
-class Stage:
-    """Base of all stages; `name` is the one that files use."""
-
-    name: ClassVar[str] = ""
-
-
-class Transform(Stage):
-    """Changes `problem.weight` before it is rounded."""
-
-    def __call__(self, problem: Problem) -> Problem:
-        """The changed problem."""
-        raise NotImplementedError
-
-
-class Rounding(Stage):
-    """Puts `problem.weight` on `problem.grid`."""
-
-    def __call__(self, problem: Problem) -> Rounded:
-        """The rounded weight; its error is against `problem.weight`."""
-        raise NotImplementedError
-
-
-class Refinement(Stage):
-    """Improves a rounding with respect to `problem.target`; `couples_columns`: not each column by itself."""
-
-    couples_columns: ClassVar[bool] = False
-
-    def __call__(self, problem: Problem, rounded: Rounded) -> Rounded:
-        """The improved rounding."""
-        raise NotImplementedError
-
-
-class Fold(Stage):
-    """Moves scales between the linears and norms of a block before any of it is rounded."""
-
-    def __call__(
-        self, block_params: Mapping[str, Any], moments: Mapping[str, Moments], grid: Grid, **facts: Any
-    ) -> tuple[dict[str, Any], dict[str, Moments]]:
-        """The block that computes the same, and the moments of its new inputs.
-
-        Facts are `norm_plus_one`, `equal_heads`, `apply` and `inputs`, see `methods.awq`; inputs are those of
-        a few samples.
-        """
-        raise NotImplementedError
-
-
-class Finish(Stage):
-    """Improves a block once all its linears are rounded."""
-
-    def __call__(self, block_params: Any, original: Any, inputs: Array, **facts: Any) -> Any:
-        """The improved block; `inputs` `[samples, seqlen, d]` are those of both.
-
-        Facts are `apply`, which runs the block, and `reference`, which runs the original.
-        """
-        raise NotImplementedError
-
-
-def register(name: str) -> Callable[[_S], _S]:
-    """Class decorator: recipes with this stage can be saved, and loaded where the decorator has run."""
-
-    def add(stage: _S) -> _S:
-        stage.name = name
-        STAGES[name] = stage
-        return stage
-
-    return add
+from jaxquant.quant.mixed import grid_at, neighbors
 
 
 @register("rtn")
@@ -198,6 +130,45 @@ class OSAQ(Transform):
         temperature = "" if self.tau == 0.2 else f", tau {self.tau:g}"
         support = "" if self.support is None else f", support {self.support}"
         return f"OSAQ ({self.form}, {strength}{temperature}{support})"
+
+
+@register("group-bits")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupBits(Transform):
+    """Bits by group of inputs, those of the grid on average; see `methods.tasa.salience_swap`.
+
+    The trial roundings are to nearest. The grid must have groups, and be asymmetric.
+
+    Attributes:
+      shares: of the groups that lend a bit to as many others.
+    """
+
+    shares: tuple[float, ...] = (1 / 8, 1 / 4)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shares", tuple(self.shares))  # files hold lists
+
+    def __call__(self, problem: Problem) -> Problem:
+        """`problem` with `group_bits`."""
+        w, h = problem.in_order(None)
+        grid = problem.grid
+        groups = grid.groups(w.shape[0])
+        rounded = {bits: grid_at(grid, bits).fake_quantize(w) for bits in neighbors(grid)}
+
+        def error(group_bits: Array) -> Array:
+            own = jnp.repeat(group_bits, w.shape[0] // groups)[:, None]
+            values = jnp.zeros_like(w)
+            for bits, trial in rounded.items():
+                values = jnp.where(own == bits, trial, values)
+            return layer_error(values, w, h)
+
+        salience = group_salience(w, h, grid.group_size)
+        return dataclasses.replace(
+            problem, group_bits=salience_swap(salience, grid.bits, error, shares=self.shares)
+        )
+
+    def __str__(self) -> str:
+        return f"bits by group (shares {', '.join(f'{share:g}' for share in self.shares)})"
 
 
 @register("best")

@@ -21,12 +21,12 @@ from jaxquant.errors import UsageError
 from jaxquant.evaluate.scoring import head_only, next_token_nll, over_tokens
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source, load_params
+from jaxquant.kinds import Stage, register
 from jaxquant.methods.offq import Basis, check_groups, offq
 from jaxquant.methods.rotate import Rotations, fold_norms, largest_block, quarot, rotate
 from jaxquant.methods.spin import Turns, spin, turn_blocks
 from jaxquant.models.config import EXACT, ModelConfig
 from jaxquant.models.decoder import final_hidden
-from jaxquant.stages import Stage, register
 
 _PER_LAYER = ("values", "keys", "key_shift", "hidden")
 
