@@ -10,7 +10,7 @@ import sys
 import zlib
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def windows(
       InputError: fewer than `seqlen + 1` tokens, or token ids that the model does not have.
     """
     _positive(samples=samples, seqlen=seqlen)
-    ids = _tokens(text, tokenizer, config)
+    ids = token_ids(text, tokenizer, config)
     if ids.size < seqlen + 1:
         raise InputError(
             f"calibration text: {ids.size} tokens found, {seqlen + 1} needed for windows of {seqlen}; "
@@ -110,7 +110,7 @@ def eval_windows(
       InputError: fewer than `seqlen` tokens, or token ids that the model does not have.
     """
     _positive(seqlen=seqlen, limit=1 if limit is None else limit)
-    ids = _tokens(text, tokenizer, config)
+    ids = token_ids(text, tokenizer, config)
     count = ids.size // seqlen
     if count == 0:
         raise InputError(
@@ -120,19 +120,12 @@ def eval_windows(
     return _with_bos(ids[: count * seqlen].reshape(count, seqlen), config)
 
 
-def _positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise UsageError(f"{name}={value}: must be at least 1")
+def token_ids(text: str, tokenizer: Tokenizer, config: ModelConfig) -> np.ndarray:
+    """The tokens of `text`, int32, no special ones added and none cut off.
 
-
-def _shorter(available: int) -> str:
-    if available < 2:
-        return "use a longer text"
-    return f"use a longer text or --seqlen {available} or less"
-
-
-def _tokens(text: str, tokenizer: Tokenizer, config: ModelConfig) -> np.ndarray:
+    Raises:
+      InputError: token ids that the model does not have.
+    """
     if tokenizer.truncation or tokenizer.padding:
         # Both are settings of the object; the caller's keeps its own.
         tokenizer = type(tokenizer).from_str(tokenizer.to_str())
@@ -145,6 +138,46 @@ def _tokens(text: str, tokenizer: Tokenizer, config: ModelConfig) -> np.ndarray:
             "use the tokenizer that belongs to the model"
         )
     return ids
+
+
+def json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON-lines file, which may end in `.gz`, each with its place `file:line`.
+
+    Raises:
+      InputError: the file is missing, is no text, or a line that is not blank is no JSON object.
+    """
+    lines = enumerate(_content(path).split("\n"), 1)
+    return [(f"{path}:{n}", _object(line, f"{path}:{n}")) for n, line in lines if line.strip()]
+
+
+def load_hub(spec: str, name: str, config: str, split: str) -> Any:
+    """Rows of a Hugging Face data set, with `column_names`; `spec` stands for it in messages.
+
+    Raises:
+      InputError: the package datasets is missing, or it cannot load that.
+    """
+    try:
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(
+            f'{spec}: needs the package datasets; pip install "jaxquant[hub]", or give a file'
+        ) from None
+    try:
+        return load_dataset(name, config or None, split=split)
+    except Exception as error:  # the package raises its own types, those of its storage, and plain ones
+        raise InputError(f"{spec}: {error}; check the name and the connection, or give a file") from error
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise UsageError(f"{name}={value}: must be at least 1")
+
+
+def _shorter(available: int) -> str:
+    if available < 2:
+        return "use a longer text"
+    return f"use a longer text or --seqlen {available} or less"
 
 
 def _with_bos(ids: np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -171,25 +204,24 @@ def _corpus(split: str) -> str:
 
 
 def _file(path: Path) -> str:
+    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    if suffix == ".jsonl":
+        return "\n\n".join(_document(row, place) for place, row in json_rows(path))
+    text = _content(path)
+    return _join_wikitext(text) if suffix == ".raw" else text
+
+
+def _content(path: Path) -> str:
     try:
         data = path.read_bytes()
         if path.suffix == ".gz":
-            data, path_inside = gzip.decompress(data), path.with_suffix("")
-        else:
-            path_inside = path
+            data = gzip.decompress(data)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give a text file, - for standard input, or corpus") from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({reason}); give a readable text file") from error
-    text = _decode(data, str(path))
-    if path_inside.suffix == ".raw":
-        return _join_wikitext(text)
-    if path_inside.suffix == ".jsonl":
-        return "\n\n".join(
-            _json_row(line, f"{path}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()
-        )
-    return text
+    return _decode(data, str(path))
 
 
 def _decode(data: bytes, place: str) -> str:
@@ -210,13 +242,17 @@ def _join_wikitext(raw: str) -> str:
     return "\n\n".join("" if not row.strip() else row + "\n" for row in rows)
 
 
-def _json_row(line: str, place: str) -> str:
+def _object(line: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{place}: not JSON ({error.msg}); write one JSON object a line") from None
     if not isinstance(row, dict):
         raise InputError(f"{place}: a JSON object is needed, found {type(row).__name__}")
+    return row
+
+
+def _document(row: dict[str, Any], place: str) -> str:
     match row:
         case {"text": str(text)}:
             return text
@@ -240,18 +276,7 @@ def _hub(spec: str) -> str:
             f"{spec}: write hub:NAME[:CONFIG][:SPLIT][:FIELD], such as hub:wikitext:wikitext-2-raw-v1:test"
         )
     name, config, split, field = parts + [""] * (4 - len(parts))
-    try:
-        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise InputError(
-            f'{spec}: needs the package datasets; pip install "jaxquant[hub]", or give a text file'
-        ) from None
-    try:
-        rows = load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # the package raises its own types, those of its storage, and plain ones
-        raise InputError(
-            f"{spec}: {error}; check the name and the connection, or give a text file"
-        ) from error
+    rows = load_hub(spec, name, config, split or "train")
     texts = rows[field or "text"] if (field or "text") in rows.column_names else []
     if not all(isinstance(text, str) for text in texts) or not len(texts):
         raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,11 +30,12 @@ def generate(
     max_tokens: int,
     temperature: float = 0.0,
     key: jax.Array | None = None,
+    until: Callable[[list[int]], bool] | None = None,
 ) -> list[int]:
     """The continuation of `prompt_tokens`: at most `max_tokens` tokens, ended before the first of `eos_ids`.
 
     `temperature = 0` takes the most probable token; otherwise tokens are drawn from
-    `softmax(logits / temperature)` with `key`.
+    `softmax(logits / temperature)` with `key`. With `until` it ends when that is true of the new tokens.
 
     Raises:
       InputError: an empty prompt, a token outside the vocabulary, or prompt and continuation longer than
@@ -68,6 +69,8 @@ def generate(
         if token in config.eos_ids:
             break
         generated.append(token)
+        if until is not None and until(generated):
+            break
         unread = np.asarray([token], np.int32)
     return generated
 
