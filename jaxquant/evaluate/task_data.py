@@ -113,7 +113,7 @@ def with_shots(items: Sequence[Item], shots: Sequence[Item], count: int, *, seed
     ]
 
 
-def _rows(source: str) -> list[tuple[str, Mapping[str, Any]]]:
+def _rows(source: str) -> Sequence[tuple[str, Mapping[str, Any]]]:
     if source.startswith("hub:"):
         parts = source.split(":")[1:]
         if len(parts) > 3 or not parts[0]:
