@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxquant.calibrate.text import eval_windows, read_text, windows
 from jaxquant.errors import InputError, UsageError
-from jaxquant.evaluate import divergence, perplexity
+from jaxquant.evaluate import divergence, evaluate_task, load_items, perplexity
 from jaxquant.evaluate import generate as continue_tokens
 from jaxquant.io import LoadedModel, checkpoint, load_model
 from jaxquant.io.source import Source
@@ -201,6 +201,54 @@ def evaluate(
         "top1": pair.top1,
         "top1_stderr": pair.top1_stderr,
     }
+
+
+def evaluate_tasks(
+    spec: str,
+    sources: Mapping[str, str],
+    *,
+    shots: int,
+    shots_from: str | None,
+    limit: int | None,
+    exact_match: bool,
+    answers: Path | None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`evaluate_task` of the model that `spec` names, on each task and what `load_items` takes for it.
+
+    Args:
+      shots_from: where examples of the one task come from; `None`: from its own items.
+      answers: a JSON file for every answer by task.
+
+    Raises:
+      UsageError: `shots_from` with several tasks.
+    """
+    if shots_from is not None and len(sources) > 1:
+        raise UsageError("--shots-from has the examples of one task; evaluate the tasks one by one")
+    items = {task: load_items(task, source) for task, source in sources.items()}
+    examples = {task: load_items(task, shots_from) for task in items if shots_from is not None}
+    model = load_model(spec)
+    tasks, kept = [], {}
+    for task, own in items.items():
+        result = evaluate_task(
+            model.params,
+            model.config,
+            model.tokenizer,
+            task,
+            own,
+            shots=shots,
+            shots_from=examples.get(task),
+            limit=limit,
+            exact_match=exact_match,
+            progress=progress,
+        )
+        metrics = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
+        facts = {"task": task, "source": sources[task], "n": result.n, "shots": shots}
+        tasks.append({**facts, "truncated": result.truncated, **metrics})
+        kept[task] = result.answers
+    if answers is not None:
+        checkpoint.write_text(answers, json.dumps({"model": model.name, "answers": kept}, indent=1) + "\n")
+    return {"model": model.name, "tasks": tasks}
 
 
 def smoothness(

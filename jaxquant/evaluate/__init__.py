@@ -1,7 +1,18 @@
-"""What a model is worth: perplexity, divergence from a reference, generated text."""
+"""What a model is worth: perplexity, divergence from a reference, tasks, generated text."""
 
 from jaxquant.evaluate.divergence import Divergence, divergence
 from jaxquant.evaluate.generate import generate
 from jaxquant.evaluate.perplexity import Perplexity, perplexity
+from jaxquant.evaluate.task_data import load_items
+from jaxquant.evaluate.tasks import TaskResult, evaluate_task
 
-__all__ = ["Divergence", "Perplexity", "divergence", "generate", "perplexity"]
+__all__ = [
+    "Divergence",
+    "Perplexity",
+    "TaskResult",
+    "divergence",
+    "evaluate_task",
+    "generate",
+    "load_items",
+    "perplexity",
+]

@@ -18,13 +18,11 @@ from jaxquant.errors import UsageError
 from jaxquant.evaluate.continuations import Continuation, encode_pair, prompt_tokens, score_continuations
 from jaxquant.evaluate.generate import generate
 from jaxquant.evaluate.scoring import Progress, mean_and_stderr
-from jaxquant.evaluate.task_data import TASKS, Item, load_items, with_shots
+from jaxquant.evaluate.task_data import TASKS, Item, with_shots
 from jaxquant.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-__all__ = ["Item", "TaskResult", "evaluate_task", "generate_until", "load_items"]
 
 # How long a solution may be, and where a model begins to ask itself the next question.
 _SOLUTION_TOKENS = 256

@@ -60,6 +60,19 @@ def print_evaluation(result: dict[str, Any]) -> None:
         )
 
 
+def print_tasks(result: dict[str, Any]) -> None:
+    """The result of `jobs.evaluate_tasks`."""
+    print(f"{result['model']}:")
+    for task in result["tasks"]:
+        shots = f", {task['shots']} shots" if task["shots"] else ""
+        cut = f", {task['truncated']} prompts cut to the model's context" if task["truncated"] else ""
+        print(f"{task['task']}: {task['n']} items{shots}{cut}")
+        for name in ("acc", "acc_norm", "exact_match", "nll", "perplexity"):
+            if task.get(name) is not None:
+                spread = task.get(f"{name}_stderr")
+                print(f"  {name:12}{task[name]:>9.4f}" + ("" if spread is None else f" +- {spread:.4f}"))
+
+
 def print_smoothness(result: dict[str, Any]) -> None:
     """The result of `jobs.smoothness`."""
 

@@ -28,13 +28,14 @@ EQUAL = {
         "Question: Dry it\nAnswer:", [" sun", " rain"], 0,
     ),
     "boolq": (
-        {"query": "Passage: Salt -- is white.\nQuestion: is salt white?", "choices": ["no", "yes"], "gold": 1},
-        {"passage": "Salt -- is white.", "question": "is salt white", "answer": True},
-        "Salt -- is white.\nQuestion: is salt white?\nAnswer:", [" no", " yes"], 1,
+        {"query": "Passage: Salt -- is it.\nQuestion: is salt white?", "choices": ["no", "yes"], "gold": 1},
+        {"passage": "Salt -- is it.", "question": "is salt white", "answer": True},
+        "Salt -- is it.\nQuestion: is salt white?\nAnswer:", [" no", " yes"], 1,
     ),
     "copa": (
         {"query": "It rained, because", "choices": ["clouds came.", "I slept."], "gold": 0},
-        {"premise": "It rained.", "choice1": "Clouds came.", "choice2": "I slept.", "question": "cause", "label": 0},
+        {"premise": "It rained.", "choice1": "Clouds came.", "choice2": "I slept.", "question": "cause",
+         "label": 0},
         "It rained because", ["  clouds came.", "  i slept."], 0,
     ),
     "mmlu": (
@@ -104,7 +105,7 @@ GOOD = {"query": "Question: Sand is", "choices": ["wet", "dry"], "gold": 1}
     ("arc_easy", {"text": "Sand"}, "no field 'question'; a row of arc_easy has query, choices, gold"),
     ("arc_easy", {"question": "q", **AI2, "answerKey": "C"}, "'C' is not in list"),
     ("arc_easy", {"question": "q", "answerKey": "C", "choices": ["a", "b"]}, "no table of text and label"),
-    ("copa", {"premise": "a.", "question": "why", "choice1": "a", "choice2": "b", "label": 0}, "'why', neither"),
+    ("copa", {"premise": "a.", "question": "why", "choice1": "a", "choice2": "b"}, "'why', neither"),
     ("winogrande", {"sentence": "none", "option1": "a", "option2": "b", "answer": "1"}, "sentence has no _"),
     ("lambada", {"text": "word"}, "space and a word"),
     ("gsm8k", {"question": "q", "answer": "2"}, "no number behind ####"),

@@ -16,6 +16,16 @@ def huggingface_outputs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits `[B, T, V]` and hidden states before each block `[L, B, T, d]`, float32, eager attention."""
     import torch
+
+    model = huggingface_model(raw, config, params)
+    with torch.no_grad():
+        output = model(torch.from_numpy(tokens).long(), output_hidden_states=True, use_cache=False)
+    # The last hidden state of transformers is after the final norm: the blocks before it are enough.
+    return output.logits.numpy(), np.stack([h.numpy() for h in output.hidden_states[:-1]])
+
+
+def huggingface_model(raw: dict[str, Any], config: ModelConfig, params: dict[str, Any]) -> Any:
+    """The model of a Hugging Face `config.json` with our weights, in float32, with eager attention."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     raw = copy.deepcopy(raw)
@@ -34,10 +44,7 @@ def huggingface_outputs(
     assert not unexpected, unexpected
     assert all(name == "lm_head.weight" and config.tie_embeddings for name in missing), missing
     model.tie_weights()
-    with torch.no_grad():
-        output = model(torch.from_numpy(tokens).long(), output_hidden_states=True, use_cache=False)
-    # The last hidden state of transformers is after the final norm: the blocks before it are enough.
-    return output.logits.numpy(), np.stack([h.numpy() for h in output.hidden_states[:-1]])
+    return model
 
 
 def _tensor(array: np.ndarray, transpose: bool) -> Any:
