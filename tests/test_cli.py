@@ -74,6 +74,24 @@ def test_quantize_prints_json_lines_and_fills_the_folder(quantized):
     assert (folder / "tokenizer.json").is_file()
 
 
+def test_evaluate_tasks(run, tmp_path):
+    rows = [{"goal": f"Dry {n}", "sol1": "in the sun", "sol2": "in rain", "label": 0} for n in range(5)]
+    files = [tmp_path / name for name in ("piqa.jsonl", "lambada.jsonl", "answers.json")]
+    files[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files[1].write_text(json.dumps({"text": "The keeper of the old lighthouse looked at the sea"}) + "\n")
+    arguments = ["evaluate", "tiny", "--task", f"piqa={files[0]}", "--limit", "2", "--shots", "1"]
+    code, out, _ = run(*arguments, "--answers", files[2], "--json")
+    assert code == 0
+    (result,) = json.loads(out)["tasks"]
+    assert (result["task"], result["n"], result["shots"]) == ("piqa", 2, 1)
+    assert 0 <= result["acc_norm"] <= 1
+    assert len(json.loads(files[2].read_text())["answers"]["piqa"]) == 2
+    code, out, _ = run("evaluate", "tiny", "--task", f"lambada={files[1]}")
+    assert code == 0
+    assert "lambada: 1 items" in out
+    assert "+-" not in out  # one item has no spread
+
+
 def test_inspect_reports_bits_bytes_and_modules(run, quantized):
     code, out, _ = run("inspect", quantized[0], "--json")
     result = json.loads(out)
@@ -242,6 +260,14 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(text, tmp_path):
     (["evaluate", "tiny", "--seqlen", "1"], 2, "--seqlen 1"),
     (["evaluate", "tiny", "--seqlen", "0"], 2, "--seqlen 0"),
     (["evaluate", "tiny", "--windows", "0"], 2, "--windows"),
+    (["evaluate", "tiny", "--task", "arc_easy"], 2, "write NAME=FILE"),
+    (["evaluate", "tiny", "--task", "race=EMPTY"], 2, "race: no such task"),
+    (["evaluate", "tiny", "--task", "piqa=EMPTY"], 1, "EMPTY: no rows; a row of piqa has"),
+    (["evaluate", "tiny", "--task", "piqa=SHORT"], 1, "SHORT:1: not JSON"),
+    (["evaluate", "tiny", "--task", "piqa=a", "--task", "piqa=b"], 2, "piqa: given twice"),
+    (["evaluate", "tiny", "--task", "piqa=a", "--task", "copa=b", "--shots-from", "c"], 2, "of one task"),
+    (["evaluate", "tiny", "--task", "piqa=a", "--windows", "3"], 2, "--windows has no effect with --task"),
+    (["evaluate", "tiny", "--shots", "3"], 2, "--shots has no effect with a text"),
     (["generate", "tiny", "--prompt", "a\udcff"], 1, "the prompt is not UTF-8"),
     (["generate", "tiny", "--prompt", "a", "--max-tokens", "-2"], 2, "--max-tokens"),
     (["generate", "tiny", "--prompt", "a", "--temperature", "nan"], 2, "temperature must be 0"),

@@ -62,6 +62,11 @@ def test_generation_ends_before_the_end_token(params):
     assert generate(params, config, PROMPT, max_tokens=12) == generated[: generated.index(stop)]
 
 
+def test_generation_ends_as_asked(params):
+    generated = generate(params, CONFIG, PROMPT, max_tokens=12)
+    assert generate(params, CONFIG, PROMPT, max_tokens=12, until=lambda new: len(new) == 3) == generated[:3]
+
+
 def test_sampling_follows_key_and_temperature(params):
     def sample(seed, temperature):
         return generate(
