@@ -232,7 +232,7 @@ def _by_header(families: list[_Family]) -> Iterator[tuple[int, list[_Family]]]:
 
 
 def _batches(families: list[_Family], header: int) -> Iterator[list[_Family]]:
-    """Families with equally many rows and of similar length, the longest first, each batch filled up."""
+    """Families with equally many rows, the longest first; batches are filled up, so that few sizes occur."""
     for count in sorted({len(family.rows) for family in families}):
         equal = [family for family in families if len(family.rows) == count]
         reused = [_down(family.shared - header) if count > 1 else 0 for family in equal]
@@ -241,6 +241,7 @@ def _batches(families: list[_Family], header: int) -> Iterator[list[_Family]]:
         while equal:
             rows = min(_MAX_ROWS, _BATCH_TOKENS // _up(equal[0].longest) or 1)
             size = max(1, (1 << rows.bit_length() - 1) // count)
+            size = min(size, 1 << (len(equal) - 1).bit_length())
             batch, equal = equal[:size], equal[size:]
             yield batch + batch[:1] * (size - len(batch))
 

@@ -97,8 +97,8 @@ def test_what_is_shared_is_read_once(params, monkeypatch):
     score_continuations(params, CONFIG, [(context, [choice, 5]) for choice in range(4)])
     ((prefix, rest, header),) = read
     assert header is None
-    # 8 families fill the batch; each has 112 tokens in common, and 4 rows of at most 16 beside.
-    assert (prefix, rest) == (8 * 112, 32 * 16)
+    # Of 120 tokens in common, 112 are read once; the rest is padded to 16 in every row.
+    assert (prefix, rest) == (112, 4 * 16)
 
 
 def test_packed_and_fake_quantized_weights_agree(params):

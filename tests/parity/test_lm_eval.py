@@ -65,7 +65,7 @@ def test_loglikelihood(both):
     ]
     ours, theirs = (lm.loglikelihood(instances("loglikelihood", pairs)) for lm in both)
     for (own, own_greedy), (reference, greedy) in zip(ours, theirs, strict=True):
-        assert own == pytest.approx(reference, abs=1e-3)
+        assert own == pytest.approx(reference, abs=1e-4)
         assert own_greedy == greedy
 
 
