@@ -16,10 +16,13 @@ from jaxquant.calibrate.mixture import MixtureSearch, energy_traces, mix, search
 from jaxquant.calibrate.text import eval_windows, read_text, windows
 from jaxquant.errors import InputError, UsageError
 from jaxquant.evaluate.task_data import load_items
+from jaxquant.io import checkpoint
 from jaxquant.io.source import Source, load_params
-from jaxquant.methods import aggregate, allocate, isotonic
-from jaxquant.recipe import Recipe, by_path
-from jaxquant.sensitivity import Domain, Sensitivity, Unit, measure_sensitivity
+from jaxquant.methods import aggregate, allocate, isotonic, kendall_interval
+from jaxquant.named import named
+from jaxquant.quant import Grid
+from jaxquant.recipe import Recipe, by_path, to_toml
+from jaxquant.sensitivity import Domain, Sensitivity, Unit, measure_sensitivity, read_sensitivity
 
 #: Loss whose increase counts.
 Metric = Literal["kl", "nll"]
@@ -235,3 +238,68 @@ def allocation(table: Sensitivity, budget: float, *, beta: float = 0.7, metric: 
     s = isotonic(aggregate(mean["task"], mean["general"], beta=beta))
     choice = allocate(s, table.costs, table.sizes, budget)
     return Allocation(table=table, choice=choice, sensitivity=s, task=task, general=general)
+
+
+def measure_table(
+    source: Source,
+    table: Path,
+    *,
+    tasks: Mapping[str, str],
+    general: Mapping[str, str],
+    widths: Sequence[int],
+    recipe: str,
+    group_size: int | None,
+    unit: str,
+    items: int,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    on_cell: Callable[[int, int], None] | None = None,
+) -> None:
+    """`measure` on grids with clip search; arguments as on the command line."""
+    texts = [Texts(name=name, source=file, task=True) for name, file in tasks.items()]
+    texts += [Texts(name=name, source=file, task=False) for name, file in general.items()]
+    grids = {bits: Grid(bits=bits, group_size=group_size, clip="mse") for bits in widths}
+    measure(
+        source,
+        {bits: named(recipe, grid) for bits, grid in grids.items()},
+        texts,
+        table,
+        unit=unit,  # pyright: ignore[reportArgumentType]
+        items=items,
+        samples=samples,
+        seqlen=seqlen,
+        seed=seed,
+        on_cell=on_cell or (lambda done, total: None),
+    )
+
+
+def write_recipe(
+    source: Source, table: Path, out: Path, *, budget: float, beta: float, metric: str
+) -> dict[str, Any]:
+    """Writes the recipe that `budget` buys by `table`; what it is in plain types."""
+    found = allocation(read_sensitivity(table, source), budget, beta=beta, metric=metric)  # pyright: ignore[reportArgumentType]
+    checkpoint.write_text(out, to_toml(found.recipe()))
+    calibration = found.table.facts["calibration"]
+    result: dict[str, Any] = {
+        "model": source.name,
+        "table": str(table),
+        "recipe": str(out),
+        "budget": budget,
+        "effective_bits": found.effective_bits,
+        "beta": beta,
+        "metric": metric,
+        "units": dict(zip(found.table.units, found.bits, strict=True)),
+        "tasks": list(found.task),
+        "general": list(found.general),
+        "predicted": {name: found.predicted("kl", name) for name in found.table.kl},
+        "texts": calibration["texts"],
+        "shares": calibration["shares"],
+    }
+    if found.task and found.general:
+        task, general = (
+            [found.table.kl[name][:, 0] for name in names] for names in (found.task, found.general)
+        )
+        tau, low, high = kendall_interval(np.mean(task, axis=0), np.mean(general, axis=0), seed=0)
+        result["tau"] = {"bits": found.table.bits[0], "tau": tau, "low": low, "high": high}
+    return result

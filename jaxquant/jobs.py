@@ -66,7 +66,7 @@ def quantize(
     return summary
 
 
-def training_windows(
+def mixed_windows(
     source: Source, texts: Mapping[str, float], *, samples: int, seqlen: int, seed: int
 ) -> np.ndarray:
     """Windows int32 `[samples, seqlen]` of several texts, in random order.
@@ -86,13 +86,23 @@ def training_windows(
     if not counts.all():
         raise UsageError(
             f"{list(texts)[int(counts.argmin())]}: its share of {samples} windows is less than one; give "
-            "it a larger share, or take more steps"
+            "it a larger share, or take more windows"
         )
+    if len(texts) == 1:
+        return calibration_windows(source, next(iter(texts)), samples=samples, seqlen=seqlen, seed=seed)
     parts = [
         calibration_windows(source, text, samples=int(count), seqlen=seqlen, seed=seed)
         for text, count in zip(texts, counts, strict=True)
     ]
     return np.random.default_rng(seed).permutation(np.concatenate(parts))
+
+
+def text_words(texts: Mapping[str, float]) -> str:
+    """Texts, with their shares where these differ."""
+    total = sum(texts.values())
+    if len(set(texts.values())) == 1:
+        return ", ".join(texts)
+    return ", ".join(f"{share / total:.2g} {text}" for text, share in texts.items())
 
 
 def train(

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jaxquant.cli.options import JsonOption, QuantizedArgument, print_json, refuse_flags
-from jaxquant.errors import UsageError
+from jaxquant.cli.options import JsonOption, QuantizedArgument, named_sources, print_json, refuse_flags
 
 # Which options go with a text, and which with tasks.
 _TEXT = ("text", "seqlen", "windows", "against")
@@ -70,7 +69,7 @@ def evaluate(
         with terminal.bar("answering") as progress:
             result = jobs.evaluate_tasks(
                 model,
-                _sources(task),
+                named_sources("--task", task),
                 shots=shots,
                 shots_from=shots_from,
                 limit=limit,
@@ -86,18 +85,6 @@ def evaluate(
             model, text=text, seqlen=seqlen, limit=windows, against=against, progress=progress
         )
     (print_json if as_json else terminal.print_evaluation)(result)
-
-
-def _sources(tasks: list[str]) -> dict[str, str]:
-    sources = {}
-    for argument in tasks:
-        name, _, source = argument.partition("=")
-        if not name or not source:
-            raise UsageError(f"--task {argument}: write NAME=FILE, such as arc_easy=arc.jsonl")
-        if name in sources:
-            raise UsageError(f"--task {name}: given twice; evaluate its files one by one")
-        sources[name] = source
-    return sources
 
 
 def generate(

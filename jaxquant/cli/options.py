@@ -64,6 +64,32 @@ def grid_of(
     )
 
 
+def named_sources(flag: str, arguments: list[str]) -> dict[str, str]:
+    """`NAME=SOURCE` arguments of one flag."""
+    sources = {}
+    for argument in arguments:
+        name, _, source = argument.partition("=")
+        if not name or not source:
+            raise UsageError(f"{flag} {argument}: write NAME=FILE, such as arc_easy=arc.jsonl")
+        if name in sources:
+            raise UsageError(f"{flag} {name}: given twice; join its files, or take one at a time")
+        sources[name] = source
+    return sources
+
+
+def mixed_texts(flag: str, texts: list[str], mix: str | None) -> dict[str, float]:
+    """Texts with their shares, which `--mix` lists; equal ones without it."""
+    if len(set(texts)) < len(texts):
+        raise UsageError(f"{flag} names a text twice; give it a larger share with --mix")
+    try:
+        shares = [1.0] * len(texts) if mix is None else [float(share) for share in mix.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != len(texts) or not all(0 < share < float("inf") for share in shares):
+        raise UsageError(f"--mix {mix}: give one positive number for each of the {len(texts)} texts")
+    return dict(zip(texts, shares, strict=True))
+
+
 def print_json(value: Any) -> None:
     """One JSON object, for people too."""
     print(json.dumps(value, indent=1), flush=True)

@@ -18,6 +18,7 @@ from jaxquant.cli.options import (
     ModelArgument,
     SymmetricOption,
     grid_of,
+    mixed_texts,
     print_json,
     print_line,
     refuse_flags,
@@ -60,8 +61,12 @@ def quantize(
         typer.Option("--true-sequential", help="Calibrate each group of linears after the previous one."),
     ] = False,
     calibration: Annotated[
-        str, typer.Option("--calibration", help="Text file, - for stdin, corpus (built in), or hub:NAME.")
-    ] = "corpus",
+        list[str] | None,
+        typer.Option("--calibration", help="Text file, - for stdin, corpus, or hub:NAME; repeatable."),
+    ] = None,
+    mix: Annotated[
+        str | None, typer.Option("--mix", metavar="A,B,...", help="Shares of the texts; default equal.")
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", help="Calibration windows.")] = 16,
     seqlen: Annotated[int, typer.Option("--seqlen", help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Choice of the windows.")] = 0,
@@ -112,7 +117,7 @@ def quantize(
         model,
         chosen,
         out,
-        calibration,
+        mixed_texts("--calibration", calibration or ["corpus"], mix),
         samples,
         seqlen,
         seed,
@@ -169,7 +174,7 @@ def demo(
 
     out = out or Path(f"jaxquant-demo-{Path(model).name}-w{bits}")
     recipe = named("gptq", Grid(bits=bits, group_size=group_size or None, clip="mse"))
-    _quantize(model, recipe, out, "corpus", 16, 512, 0, resume=True, dry_run=False, as_json=False)
+    _quantize(model, recipe, out, {"corpus": 1.0}, 16, 512, 0, resume=True, dry_run=False, as_json=False)
     print("\nOn text that was not used for calibration:")
     with terminal.bar("evaluating") as progress:
         result = jobs.evaluate(
@@ -188,7 +193,7 @@ def _quantize(
     model: str,
     recipe: Recipe,
     out: Path,
-    calibration: str,
+    texts: dict[str, float],
     samples: int,
     seqlen: int,
     seed: int,
@@ -205,7 +210,7 @@ def _quantize(
     source = open_model(model)
     if not resume:
         checkpoint.check_new_folder(out)
-    tokens = jobs.calibration_windows(source, calibration, samples=samples, seqlen=seqlen, seed=seed)
+    tokens = jobs.mixed_windows(source, texts, samples=samples, seqlen=seqlen, seed=seed)
     estimate = plan(source.config, recipe, samples=samples, seqlen=seqlen)
     if as_json:
         print_line({"event": "plan", "recipe": str(recipe), **dataclasses.asdict(estimate)})
@@ -223,7 +228,7 @@ def _quantize(
             recipe,
             tokens,
             out,
-            describe={"text": calibration, "seed": seed},
+            describe={"text": jobs.text_words(texts), "seed": seed},
             resume=resume,
             on_event=on_event,
         )

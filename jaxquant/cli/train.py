@@ -15,6 +15,7 @@ from jaxquant.cli.options import (
     QuantizedArgument,
     SymmetricOption,
     grid_of,
+    mixed_texts,
     print_line,
     refuse_flags,
     resumable,
@@ -118,9 +119,9 @@ def train(
         save_every=save_every,
         seed=seed,
     )
-    texts = _texts(text or ["corpus"], mix)
-    tokens = jobs.training_windows(source, texts, samples=steps * batch, seqlen=seqlen, seed=seed)
-    describe = {"text": ", ".join(texts), "seed": seed}
+    texts = mixed_texts("--text", text or ["corpus"], mix)
+    tokens = jobs.mixed_windows(source, texts, samples=steps * batch, seqlen=seqlen, seed=seed)
+    describe = {"text": jobs.text_words(texts), "seed": seed}
     show: Any = print_line if as_json else terminal.StepTable()
     with resumable():
         summary = jobs.train(
@@ -128,15 +129,3 @@ def train(
         )
     if not as_json:
         terminal.print_summary(out, summary)
-
-
-def _texts(texts: list[str], mix: str | None) -> dict[str, float]:
-    if len(set(texts)) < len(texts):
-        raise UsageError("--text names a text twice; give it a larger share with --mix")
-    try:
-        shares = [1.0] * len(texts) if mix is None else [float(share) for share in mix.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != len(texts) or not all(0 < share < float("inf") for share in shares):
-        raise UsageError(f"--mix {mix}: give one positive number for each of the {len(texts)} texts")
-    return dict(zip(texts, shares, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,6 +72,34 @@ def print_tasks(result: dict[str, Any]) -> None:
             if task.get(name) is not None:
                 spread = task.get(f"{name}_stderr")
                 print(f"  {name:12}{task[name]:>9.4f}" + ("" if spread is None else f" +- {spread:.4f}"))
+
+
+def print_allocation(result: dict[str, Any]) -> None:
+    """The result of `jobs.allocate`."""
+    print(
+        f"{result['model']}: {result['effective_bits']:.4f} effective bits of {result['budget']:g}, "
+        f"by {result['metric']} with beta {result['beta']:g}"
+    )
+    by_bits: dict[int, list[str]] = {}
+    for unit, bits in result["units"].items():
+        by_bits.setdefault(bits, []).append(unit.removeprefix("blocks."))
+    for bits, units in sorted(by_bits.items()):
+        print(f"  {bits} bits: {' '.join(units)}")
+    for name, loss in result["predicted"].items():
+        print(f"  KL on {name}, if losses add up: {loss:.4f} nats per token")
+    if "tau" in result:
+        tau = result["tau"]
+        print(
+            f"  Kendall's tau between tasks and general text at {tau['bits']} bits: {tau['tau']:.2f} "
+            f"({tau['low']:.2f} to {tau['high']:.2f})"
+        )
+    used = {name: share for name, share in result["shares"].items() if share}
+    texts = " ".join(f"--calibration {shlex.quote(result['texts'][name])}" for name in used)
+    mix = f" --mix {','.join(f'{share:g}' for share in used.values())}" if len(used) > 1 else ""
+    print(f"{result['recipe']} is written. Next:")
+    print(
+        f"  jaxquant quantize {shlex.quote(result['model'])} --recipe {result['recipe']} {texts}{mix} --out q"
+    )
 
 
 def print_smoothness(result: dict[str, Any]) -> None:
