@@ -143,7 +143,7 @@ def measure_sensitivity(
     Raises:
       UsageError: an unknown `unit`, no domain or recipe, one that does more than round linears, or groups
         that do not divide the inputs of a linear.
-      InputError: `path` holds another table: of another model, recipe, calibration or domain.
+      InputError: `path` holds a table of a different model, recipe, calibration or domain.
       NonFiniteError: a loss is NaN or infinite; names unit, bits and domain.
     """
     if unit not in get_args(Unit):
@@ -392,7 +392,8 @@ def _begin(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
     for key, wanted in facts.items():
         if json.loads(json.dumps(wanted)) != stored.get(key):
             raise InputError(
-                f"{path} is a table of another {key}; give what it was measured with, or another --table"
+                f"{path} was measured with a different {key.removesuffix('s')}; give the same, or "
+                "another --table"
             )
     return stored["cells"]
 

@@ -29,7 +29,7 @@ from jaxquant.plan import plan
 from jaxquant.quant import Grid, QArray, QStack, is_packed
 from jaxquant.recipe import by_path, chain, masked
 from jaxquant.records import read_rows
-from jaxquant.stages import AWQ, FINE, GPTQ, RTN, Best, Keep, MagR, Tune
+from jaxquant.stages import AWQ, FINE, GPTQ, RTN, Best, CoordinateDescent, GroupBits, Keep, MagR, Tune
 
 GRID = Grid(bits=3, group_size=16, clip="mse")
 RECIPE = named("gptq", GRID)
@@ -305,6 +305,53 @@ def test_blocks_with_different_grids_run_and_reload(params, tokens, tmp_path):
     ours = jax.jit(lambda p: forward(p, config, tokens).logits)(loaded)
     theirs = forward({**loaded, "blocks": stacked}, config, tokens).logits
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_bits_by_group_are_saved_reloaded_and_counted(params, tokens, tmp_path):
+    grid = dataclasses.replace(GRID, group_size=8)
+    recipe = chain(GroupBits(shares=(0.25,)), GPTQ(), CoordinateDescent(), grid=grid)
+    # The first channels of the stream carry most of the energy, so groups are not alike.
+    fading = jnp.exp(jnp.linspace(2, -4, CONFIG.hidden_size))
+    norms = {name: params["blocks"][name] * fading[None] for name in ("attn_norm", "mlp_norm")}
+    params = {**params, "blocks": {**params["blocks"], **norms}}
+    source = MemorySource(params)
+    summary = quantize_model(source, recipe, tokens, tmp_path / "q")
+    rows, pictures = read_rows(tmp_path / "q")
+    groups = {"mlp.down": 6}
+    for row in rows:
+        count = groups.get(row["linear"], 4)
+        assert row["bits"] == 3
+        assert row["widths"] in ({"3": count}, {"2": 1, "3": count - 2, "4": 1})
+        assert row["bytes"] == np.prod(row["shape"]) * (3 + 32 / 8) / 8 + 4 * count
+    assert sum("2" in row["widths"] for row in rows) > 3
+    assert pictures["histograms"]
+    assert plan(CONFIG, recipe, samples=4, seqlen=24).effective_bits == pytest.approx(
+        summary["effective_bits"]
+    )
+    loaded, config = checkpoint.load_checkpoint(tmp_path / "q")
+    moments = observe(jax.random.normal(jax.random.key(3), (64, 48)))
+    own = recipe.at("blocks.1.mlp.down")
+    rounded = own(Problem.of(params["blocks"]["mlp"]["down"]["kernel"][1], moments, grid))
+    np.testing.assert_array_equal(rounded.values(), rounded.pack().dequantize())
+    assert float(jnp.mean(rounded.group_bits)) == 3
+    plain = [
+        jax.tree.map(lambda leaf: leaf.dequantize() if is_packed(leaf) else leaf,
+                     checkpoint.load_block(tmp_path / "q", i)[0], is_leaf=is_packed)
+        for i in range(3)
+    ]  # fmt: skip
+    stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(a, jnp.float32) for a in leaves]), *plain)
+    ours = jax.jit(lambda p: forward(p, config, tokens).logits)(loaded)
+    theirs = forward({**loaded, "blocks": stacked}, config, tokens).logits
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_grids_that_cannot_mix_are_refused():
+    for grid in (Grid(bits=3), Grid(bits=3, group_size=8, symmetric=True), Grid(bits=8, group_size=8)):
+        with pytest.raises(UsageError, match="bits by group need an asymmetric grid of 2 to 7 bits"):
+            chain(GroupBits(), RTN(), grid=grid)
+    with pytest.raises(UsageError, match="bits by group need"):
+        chain(GroupBits(), GPTQ(groups="dynamic"), grid=GRID)
 
 
 @pytest.mark.parametrize(("path", "place"), [

@@ -251,10 +251,11 @@ def test_the_swap_keeps_the_bits_and_is_never_worse_than_uniform(seed, groups, b
     tried = []
 
     def error(group_bits):
-        tried.append(group_bits.copy())
-        return float(np.sum(salience * noise * 4.0**-group_bits))
+        group_bits = np.asarray(group_bits)
+        tried.append(group_bits)
+        return jnp.float32(np.sum(salience * noise * 4.0**-group_bits))
 
-    found = salience_swap(salience, bits, error)
+    found = np.asarray(salience_swap(jnp.asarray(salience), bits, error))
     np.testing.assert_array_equal(tried[0], bits)
     assert len(tried) == len({0, groups // 8, groups // 4})
     for trial in tried:
@@ -267,17 +268,20 @@ def test_the_swap_keeps_the_bits_and_is_never_worse_than_uniform(seed, groups, b
 
 
 def test_equal_errors_leave_the_layer_uniform():
-    np.testing.assert_array_equal(salience_swap(np.arange(8.0), 3, lambda bits: 1.0), 3)
-    apart = salience_swap(np.arange(8.0), 3, lambda bits: -np.var(bits), shares=(0.5,))
-    np.testing.assert_array_equal(apart, [2] * 4 + [4] * 4)
+    salience = jnp.arange(8.0)
+    np.testing.assert_array_equal(salience_swap(salience, 3, lambda bits: jnp.float32(1)), 3)
+
+    @jax.jit
+    def apart(salience):
+        return salience_swap(salience, 3, lambda bits: -jnp.var(bits.astype(jnp.float32)), shares=(0.5,))
+
+    np.testing.assert_array_equal(apart(salience), [2] * 4 + [4] * 4)
+    unknown = salience_swap(salience, 3, lambda bits: jnp.where(jnp.any(bits != 3), jnp.nan, 1.0))
+    np.testing.assert_array_equal(unknown, 3)
 
 
 def test_swaps_that_cannot_be_made_are_refused():
     with pytest.raises(UsageError, match="bits=8: groups would need 7 to 9"):
-        salience_swap(np.ones(8), 8, lambda bits: 0.0)
+        salience_swap(jnp.ones(8), 8, lambda bits: jnp.float32(0))
     with pytest.raises(UsageError, match=r"shares=\(0\.75,\) are out of range"):
-        salience_swap(np.ones(8), 3, lambda bits: 0.0, shares=(0.75,))
-    with pytest.raises(NonFiniteError, match="salience"):
-        salience_swap(np.full(8, np.nan), 3, lambda bits: 0.0)
-    with pytest.raises(NonFiniteError, match="error"):
-        salience_swap(np.ones(8), 3, lambda bits: float("nan"))
+        salience_swap(jnp.ones(8), 3, lambda bits: jnp.float32(0), shares=(0.75,))
