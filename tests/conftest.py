@@ -51,7 +51,9 @@ def pytest_xdist_make_scheduler(config, log):
 def _forget_programs():
     """Compiled programs hold memory maps, of which Linux gives a process 65530; all files need more."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 30000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
