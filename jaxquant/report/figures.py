@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from jaxquant.report import svg
+
 #: Linear -> colours of the Okabe-Ito palette on light and on dark ground, told apart by colour-blind readers;
 #: its yellow, invisible on white, is replaced by grey.
 COLOURS: dict[str, tuple[str, str]] = {
@@ -33,9 +35,6 @@ _SITE_COLOURS = {
     "mlp_hidden": "c5",
 }
 
-_WIDTH, _HEIGHT = 320, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 26, 30
-
 
 def colour_class(linear: str) -> str:
     """CSS class of the colour of `linear`, the same in every table and picture."""
@@ -46,7 +45,7 @@ def colour_class(linear: str) -> str:
 def error_panels(rows: Sequence[dict[str, Any]], method: str) -> list[str]:
     """One panel per linear: error over blocks on a common log scale, RTN thin, the method thick."""
     values = [row[key] for row in rows for key in ("error_rtn", "error")]
-    low, high = _log_range([value for value in values if _drawable(value)])
+    low, high = svg.log_range([value for value in values if svg.drawable(value)])
     last = max((row["block"] for row in rows), default=0)
     linears = list(dict.fromkeys(row["linear"] for row in rows))
     return [
@@ -67,10 +66,10 @@ def histogram_panel(histogram: dict[str, Any]) -> str:
     peak = max(max(counts, default=0), 1)
 
     def x(value: float) -> float:
-        return _LEFT + (value - edges[0]) / span * (_WIDTH - _LEFT - _RIGHT)
+        return svg.share_x((value - edges[0]) / span)
 
     def y(count: float) -> float:
-        return _HEIGHT - _BOTTOM - count / peak * (_HEIGHT - _TOP - _BOTTOM)
+        return svg.HEIGHT - svg.BOTTOM - count / peak * (svg.HEIGHT - svg.TOP - svg.BOTTOM)
 
     steps = [f"M{x(edges[0]):.1f},{y(0):.1f}"]
     for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True):
@@ -78,19 +77,19 @@ def histogram_panel(histogram: dict[str, Any]) -> str:
     steps.append(f"L{x(edges[-1]):.1f},{y(0):.1f}Z")
     # More lines than this run into one another.
     drawn = levels if len(levels) <= 64 else [levels[0], levels[-1]]
-    parts = [f'<path class="grid-level" d="M{x(level):.1f},{y(0) + 4:.1f}V{_TOP}"/>' for level in drawn]
+    parts = [f'<path class="grid-level" d="M{x(level):.1f},{y(0) + 4:.1f}V{svg.TOP}"/>' for level in drawn]
     linear = module.split(".", 2)[-1]
     parts.append(f'<path class="area {colour_class(linear)}" d="{"".join(steps)}"/>')
-    parts.append(_baseline())
+    parts.append(svg.baseline())
     if levels:
         labelled = levels if len(levels) <= 8 else [levels[0], levels[len(levels) // 2], levels[-1]]
-        parts += [_text(x(level), _HEIGHT - 12, f"{level:.3g}", "middle") for level in labelled]
+        parts += [svg.text(x(level), svg.HEIGHT - 12, f"{level:.3g}", "middle") for level in labelled]
     parts += [
-        _text(_LEFT - 6, y(0) + 4, "0", "end"),
-        _text(_LEFT - 6, _TOP + 4, _short_count(peak), "end"),
+        svg.text(svg.LEFT - 6, y(0) + 4, "0", "end"),
+        svg.text(svg.LEFT - 6, svg.TOP + 4, _short_count(peak), "end"),
     ]
     description = f"Histogram of the weights of {module} with the {len(levels)} levels of its grid"
-    return _svg(description, [_title(module), *parts])
+    return svg.picture(description, [svg.title(module), *parts])
 
 
 def site_panel(site: dict[str, Any]) -> str:
@@ -100,19 +99,19 @@ def site_panel(site: dict[str, Any]) -> str:
       site: `module`; `before`, `after`, `rest`: channels in descending order; `error_before`, `error`.
     """
     curves = {"before": "rtn", "after": "method", "rest": "rest"}
-    values = [value for key in curves for value in site[key] if _drawable(value)]
-    low, high = _log_range(values)
+    values = [value for key in curves for value in site[key] if svg.drawable(value)]
+    low, high = svg.log_range(values)
     name = site["module"].split(".", 2)[-1]
 
     def points(channels: Sequence[float]) -> str:
         last = max(len(channels) - 1, 1)
         return "L".join(
-            f"{_LEFT + i / last * (_WIDTH - _LEFT - _RIGHT):.1f},{_log_y(value, low, high):.1f}"
+            f"{svg.share_x(i / last):.1f},{svg.log_y(value, low, high):.1f}"
             for i, value in enumerate(channels)
-            if _drawable(value)
+            if svg.drawable(value)
         )
 
-    parts = [_title(site["module"]), *_log_rules(low, high), _baseline()]
+    parts = [svg.title(site["module"]), *svg.log_rules(low, high), svg.baseline()]
     parts += [
         f'<path class="line {style} {_SITE_COLOURS.get(name, "c6")}" d="M{line}"/>'
         for key, style in curves.items()
@@ -120,12 +119,12 @@ def site_panel(site: dict[str, Any]) -> str:
     ]
     errors = [f"{100 * site[key]:.2g} %" for key in ("error_before", "error")]
     lost = errors[0] if errors[0] == errors[1] else " \u2192 ".join(errors)
-    parts.append(_text(_LEFT, _HEIGHT - 12, "channels by size", "start"))
-    parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 12, f"lost: {lost}", "end"))
+    parts.append(svg.text(svg.LEFT, svg.HEIGHT - 12, "channels by size", "start"))
+    parts.append(svg.text(svg.WIDTH - svg.RIGHT, svg.HEIGHT - 12, f"lost: {lost}", "end"))
     description = (
         f"Largest values of the channels of {site['module']} in descending order; energy lost: {lost}"
     )
-    return _svg(description, parts)
+    return svg.picture(description, parts)
 
 
 def size_bars(before: int, after: int) -> str:
@@ -136,12 +135,12 @@ def size_bars(before: int, after: int) -> str:
     for top, label, size, style in ((6, "before", before, "bar-before"), (44, "after", after, "bar-after")):
         length = max(size / largest * (width - 125), 2)
         parts += [
-            _text(44, top + 18, label, "end", style="label"),
+            svg.text(44, top + 18, label, "end", style="label"),
             f'<rect class="{style}" x="52" y="{top}" width="{length:.1f}" height="28" rx="3"/>',
-            _text(59 + length, top + 18, human_bytes(size), "start", style="label"),
+            svg.text(59 + length, top + 18, human_bytes(size), "start", style="label"),
         ]
     description = f"Size before {human_bytes(before)}, after {human_bytes(after)}"
-    return _svg(description, parts, width=width, height=height)
+    return svg.picture(description, parts, width=width, height=height)
 
 
 def window_panel(title: str, values: Sequence[float], mean: float, *, logarithmic: bool) -> str:
@@ -156,32 +155,31 @@ def window_panel(title: str, values: Sequence[float], mean: float, *, logarithmi
     drawn = [v for v in values if math.isfinite(v) and (v > 0 or not logarithmic)]
     low, high = min([0.0, *drawn]), max([1.0, *drawn])
     if logarithmic:
-        low, high = _log_range([1.0, *drawn])
+        low, high = svg.log_range([1.0, *drawn])
 
     def y(value: float) -> float:
         if logarithmic:
-            return _log_y(value, low, high)
-        return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+            return svg.log_y(value, low, high)
+        return svg.HEIGHT - svg.BOTTOM - (value - low) / (high - low) * (svg.HEIGHT - svg.TOP - svg.BOTTOM)
 
-    parts = [_title(title), _text(_WIDTH - _RIGHT, 15, f"{mean:.3g}", "end", style="panel-title")]
+    parts = [svg.title(title), svg.text(svg.WIDTH - svg.RIGHT, 15, f"{mean:.3g}", "end", style="panel-title")]
     if logarithmic:
-        parts += _log_rules(low, high)
+        parts += svg.log_rules(low, high)
     else:
         for tick in (0, 0.5, 1):
-            parts.append(f'<path class="rule" d="M{_LEFT},{y(tick):.1f}H{_WIDTH - _RIGHT}"/>')
-            parts.append(_text(_LEFT - 6, y(tick) + 4, f"{tick:g}", "end"))
-    step = (_WIDTH - _LEFT - _RIGHT) / max(len(values), 1)
+            parts.append(f'<path class="rule" d="M{svg.LEFT},{y(tick):.1f}H{svg.WIDTH - svg.RIGHT}"/>')
+            parts.append(svg.text(svg.LEFT - 6, y(tick) + 4, f"{tick:g}", "end"))
     parts += [
-        f'<circle class="window" cx="{_LEFT + (i + 0.5) * step:.1f}" cy="{y(value):.1f}" r="3.5">'
+        f'<circle class="window" cx="{svg.share_x((i + 0.5) / len(values)):.1f}" cy="{y(value):.1f}" r="3.5">'
         f"<title>window {i}: {value:.3g}</title></circle>"
         for i, value in enumerate(values)
         if value in drawn
     ]
-    parts.append(f'<path class="original" d="M{_LEFT},{y(1):.1f}H{_WIDTH - _RIGHT}"/>')
+    parts.append(f'<path class="original" d="M{svg.LEFT},{y(1):.1f}H{svg.WIDTH - svg.RIGHT}"/>')
     if drawn and math.isfinite(mean) and (mean > 0 or not logarithmic):
-        parts.append(f'<path class="mean" d="M{_LEFT},{y(mean):.1f}H{_WIDTH - _RIGHT}"/>')
-    parts.append(_text(_LEFT, _HEIGHT - 12, "windows of the text", "start"))
-    return _svg(f"{title} of {len(values)} windows, mean {mean:.3g}; 1 is the original", parts)
+        parts.append(f'<path class="mean" d="M{svg.LEFT},{y(mean):.1f}H{svg.WIDTH - svg.RIGHT}"/>')
+    parts.append(svg.text(svg.LEFT, svg.HEIGHT - 12, "windows of the text", "start"))
+    return svg.picture(f"{title} of {len(values)} windows, mean {mean:.3g}; 1 is the original", parts)
 
 
 def curve_panel(title: str, values: Sequence[float]) -> str:
@@ -191,19 +189,19 @@ def curve_panel(title: str, values: Sequence[float]) -> str:
       title: what it is.
       values: of all steps.
     """
-    low, high = _log_range([value for value in values if _drawable(value)])
+    low, high = svg.log_range([value for value in values if svg.drawable(value)])
     last = max(len(values) - 1, 1)
     kept = range(0, len(values), max(1, len(values) // 200))
     line = "L".join(
-        f"{_LEFT + i / last * (_WIDTH - _LEFT - _RIGHT):.1f},{_log_y(values[i], low, high):.1f}"
+        f"{svg.share_x(i / last):.1f},{svg.log_y(values[i], low, high):.1f}"
         for i in kept
-        if _drawable(values[i])
+        if svg.drawable(values[i])
     )
-    parts = [_title(title), *_log_rules(low, high), _baseline()]
+    parts = [svg.title(title), *svg.log_rules(low, high), svg.baseline()]
     parts += [f'<path class="line method c0" d="M{line}"/>'] if line else []
-    parts.append(_text(_LEFT, _HEIGHT - 12, f"{len(values)} steps", "start"))
-    parts.append(_text(_WIDTH - _RIGHT, 15, f"{values[-1]:.3g}", "end", style="panel-title"))
-    return _svg(f"{title} over {len(values)} steps, {values[0]:.3g} to {values[-1]:.3g}", parts)
+    parts.append(svg.text(svg.LEFT, svg.HEIGHT - 12, f"{len(values)} steps", "start"))
+    parts.append(svg.text(svg.WIDTH - svg.RIGHT, 15, f"{values[-1]:.3g}", "end", style="panel-title"))
+    return svg.picture(f"{title} over {len(values)} steps, {values[0]:.3g} to {values[-1]:.3g}", parts)
 
 
 def tree_panel(title: str, nodes: Sequence[dict[str, Any]]) -> str:
@@ -224,7 +222,7 @@ def tree_panel(title: str, nodes: Sequence[dict[str, Any]]) -> str:
         nonlocal free
         below = [place(tuple(node["path"])) for node in children.get(path, [])]
         if not below:
-            below, free = [_TOP + 12 + row * free], free + 1
+            below, free = [svg.TOP + 12 + row * free], free + 1
         height[path] = sum(below) / len(below)
         return height[path]
 
@@ -245,13 +243,13 @@ def tree_panel(title: str, nodes: Sequence[dict[str, Any]]) -> str:
             f'<circle class="node{style}" cx="{x}" cy="{y:.1f}" r="4"><title>'
             f"{html.escape(repr(node['token']))}: {node['probability']:.2g}</title></circle>"
         )
-        marks.append(_text(x + 7, y + 4, labels[path], "start", style="label"))
+        marks.append(svg.text(x + 7, y + 4, labels[path], "start", style="label"))
     shared = sum(bool(node["shared"]) for node in nodes)
-    return _svg(
+    return svg.picture(
         f"Decoding tree of {title}: its {len(nodes)} most likely nodes, {shared} of them shared",
-        [_text(4, 15, title, "start", style="panel-title"), *edges, *marks],
+        [svg.text(4, 15, title, "start", style="panel-title"), *edges, *marks],
         width=8 + column * (1 + max((len(node["path"]) for node in nodes), default=0)),
-        height=_TOP + 12 + row * max(free, 1),
+        height=svg.TOP + 12 + row * max(free, 1),
     )
 
 
@@ -272,91 +270,28 @@ def _token_label(token: str) -> str:
 def _error_panel(
     rows: list[dict[str, Any]], linear: str, method: str, low: float, high: float, last: int
 ) -> str:
-    def x(block: float) -> float:
-        share = block / last if last else 0.5
-        return _LEFT + 8 + share * (_WIDTH - _LEFT - _RIGHT - 16)
-
-    def y(value: float) -> float:
-        return _log_y(value, low, high)
-
-    parts = [_title(linear), *_log_rules(low, high), _baseline()]
-    parts += [_text(x(block), _HEIGHT - 12, str(block), "middle") for block in _block_ticks(last)]
+    parts = [svg.title(linear), *svg.log_rules(low, high), svg.baseline()]
+    parts += svg.block_axis(last, svg.HEIGHT - 12)
     colour = colour_class(linear)
     for key, name, style in (("error_rtn", "RTN", "rtn"), ("error", method, "method")):
-        points = [(row["block"], row[key]) for row in rows if _drawable(row[key])]
+        points = [
+            (row, svg.block_x(row["block"], last), svg.log_y(row[key], low, high))
+            for row in rows
+            if svg.drawable(row[key])
+        ]
         if len(points) > 1:
-            line = "L".join(f"{x(block):.1f},{y(value):.1f}" for block, value in points)
+            line = "L".join(f"{x:.1f},{y:.1f}" for _, x, y in points)
             parts.append(f'<path class="line {style} {colour}" d="M{line}"/>')
         radius = (2.0 if style == "rtn" else 3.0) if last < 16 else (1.2 if style == "rtn" else 2.0)
         parts += [
-            f'<circle class="dot {style} {colour}" cx="{x(block):.1f}" cy="{y(value):.1f}" r="{radius}">'
-            f"<title>block {block}, {html.escape(name)}: {value:.3g}</title></circle>"
-            for block, value in points
+            f'<circle class="dot {style} {colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
+            f"<title>block {row['block']}, {html.escape(name)}: {row[key]:.3g}</title></circle>"
+            for row, x, y in points
         ]
-    return _svg(f"Error of {linear} over {last + 1} blocks, RTN and {method}, logarithmic scale", parts)
-
-
-def _drawable(value: float | None) -> bool:
-    """A log scale has no place for 0, and a report must not fail on NaN."""
-    return value is not None and math.isfinite(value) and value > 0
-
-
-def _log_range(values: list[float]) -> tuple[float, float]:
-    """Exponents that enclose `values`, at least half a decade apart."""
-    if not values:
-        return -3.0, 0.0
-    low, high = math.log10(min(values)), math.log10(max(values))
-    margin = max(0.25 - (high - low) / 2, 0.05 * (high - low))
-    return low - margin, high + margin
-
-
-def _log_y(value: float, low: float, high: float) -> float:
-    share = (math.log10(value) - low) / (high - low)
-    return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _log_rules(low: float, high: float) -> list[str]:
-    """Lines at the ticks of a log scale, with their labels."""
-    parts = []
-    for tick in _log_ticks(low, high):
-        y = _log_y(tick, low, high)
-        parts.append(f'<path class="rule" d="M{_LEFT},{y:.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(_text(_LEFT - 6, y + 4, f"{tick:.0e}" if tick < 1e-3 else f"{tick:g}", "end"))
-    return parts
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Decades if there are enough of them, else 1, 2, 5 times decades."""
-    steps = (1,) if high - low >= 2 else (1, 2, 5)
-    exponents = range(math.floor(low), math.ceil(high) + 1)
-    ticks = [step * 10.0**exponent for exponent in exponents for step in steps]
-    return [tick for tick in ticks if low <= math.log10(tick) <= high]
-
-
-def _block_ticks(last: int) -> list[int]:
-    step = max(1, round(last / 5))
-    return [block for block in range(0, last + 1, step) if last - block >= step / 2] + [last]
+    return svg.picture(
+        f"Error of {linear} over {last + 1} blocks, RTN and {method}, logarithmic scale", parts
+    )
 
 
 def _short_count(count: float) -> str:
     return f"{count / 1000:.3g}k" if count >= 1000 else f"{count:.0f}"
-
-
-def _baseline() -> str:
-    return f'<path class="axis" d="M{_LEFT},{_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>'
-
-
-def _title(text: str) -> str:
-    return _text(_LEFT, 15, text, "start", style="panel-title")
-
-
-def _text(x: float, y: float, text: str, anchor: str, *, style: str = "tick") -> str:
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
-
-
-def _svg(description: str, parts: list[str], *, width: int = _WIDTH, height: int = _HEIGHT) -> str:
-    label = html.escape(description, quote=True)
-    return (
-        f'<svg role="img" aria-label="{label}" viewBox="0 0 {width} {height}">'
-        f"<title>{label}</title>{''.join(parts)}</svg>"
-    )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jaxquant.report import figures
+from jaxquant.report import figures, frame
 
 _COLUMNS = (
     "module", "shape", "bits", "group", "RTN error", "error", "ratio", "damping", "attempts", "seconds",
@@ -49,37 +48,16 @@ def write_report(
     title = f"{run['model']}, {run['recipe_name']}"
     sections = [
         _headline(run, rows),
-        _section("How it was made", _facts(run, rows)),
-        _section("Size", figures.size_bars(run["bytes_before"], run["bytes_after"])),
+        frame.section("How it was made", _facts(run, rows)),
+        frame.section("Size", figures.size_bars(run["bytes_before"], run["bytes_after"])),
         _training(metrics),
         _errors(run, rows),
         _smoothness(smoothness),
         _sites(list(sites)),
         _histograms(list(histograms)),
-        _section("Every linear", _table(rows)),
+        frame.section("Every linear", frame.table("Every linear", _COLUMNS, map(_table_row, rows))),
     ]
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{html.escape(title)}</title>\n<style>\n{_style()}</style></head>\n"
-        f"<body><main>\n{''.join(sections)}</main></body></html>\n"
-    )
-    path = Path(folder) / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
-
-
-def _style() -> str:
-    css = (resources.files("jaxquant.report") / "style.css").read_text(encoding="utf-8")
-    light = "".join(f".c{i}{{--c:{pair[0]}}}" for i, pair in enumerate(figures.COLOURS.values()))
-    dark = "".join(f".c{i}{{--c:{pair[1]}}}" for i, pair in enumerate(figures.COLOURS.values()))
-    return f"{css}{light}\n@media (prefers-color-scheme: dark){{{dark}}}\n"
-
-
-def _section(heading: str, content: str, note: str = "") -> str:
-    note = f'<p class="note">{html.escape(note)}</p>' if note else ""
-    return f"<section><h2>{html.escape(heading)}</h2>{note}{content}</section>\n"
+    return frame.write_page(Path(folder) / "report.html", title, sections)
 
 
 def _headline(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -95,15 +73,7 @@ def _headline(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         cards.append((f"{ratio:.2f}\u00d7", "error relative to rounding to nearest (geometric mean)"))
     cards += _evaluation_cards(run.get("evaluation") or {})
     cards.append((_duration(run["seconds"]), f"to {run['verb']}"))
-    body = "".join(
-        f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
-        for value, label in cards
-    )
-    return (
-        f"<header><h1>{html.escape(run['model'])}</h1>"
-        f'<p class="lead">{html.escape(summary)}</p></header>\n'
-        f'<div class="cards">{body}</div>\n'
-    )
+    return frame.headline(run["model"], summary, cards)
 
 
 def _evaluation_cards(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
@@ -136,12 +106,7 @@ def _facts(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         ("Linears", f"{len(rows)}{_incidents(rows)}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())),
     ]
-    return _definitions(facts)
-
-
-def _definitions(facts: list[tuple[str, str]]) -> str:
-    body = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts)
-    return f"<dl>{body}</dl>"
+    return frame.definitions(facts)
 
 
 def _incidents(rows: Sequence[dict[str, Any]]) -> str:
@@ -156,13 +121,13 @@ def _incidents(rows: Sequence[dict[str, Any]]) -> str:
 
 def _training(metrics: Sequence[dict[str, Any]]) -> str:
     names = {"kl": "Divergence", "hidden": "Residual stream", "smooth": "Smoothness"}
-    panels = "".join(
-        f"<figure>{figures.curve_panel(title, values)}</figure>"
+    curves = [
+        figures.curve_panel(title, values)
         for name, title in names.items()
         if any(values := [row[name] for row in metrics])
-    )
+    ]
     note = "Losses on the text it was trained on, step by step, with the last one's: see jaxquant.train."
-    return _section("Training", f'<div class="panels">{panels}</div>', note) if panels else ""
+    return frame.section("Training", frame.panels(curves), note) if curves else ""
 
 
 def _errors(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -170,9 +135,8 @@ def _errors(run: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         return ""
     method = str(run["recipe_name"])
     key = f'<p class="key"><i class="thin"></i> RTN <i class="thick"></i> {html.escape(method)}</p>'
-    panels = "".join(f"<figure>{panel}</figure>" for panel in figures.error_panels(rows, method))
     note = "Share of each linear's output energy that is lost, over the blocks of the model; lower is better."
-    return _section("Layer error", f'{key}<div class="panels">{panels}</div>', note)
+    return frame.section("Layer error", key + frame.panels(figures.error_panels(rows, method)), note)
 
 
 def _smoothness(result: dict[str, Any] | None) -> str:
@@ -194,9 +158,8 @@ def _smoothness(result: dict[str, Any] | None) -> str:
             ("Nodes of a tree", "tree_nodes", "tree_retention"),
         )
     ]
-    panels = "".join(
-        f"<figure>{figures.window_panel(label, result['by_window'][name], result[name], logarithmic=log)}"
-        "</figure>"
+    panels = frame.panels(
+        figures.window_panel(label, result["by_window"][name], result[name], logarithmic=log)
         for label, name, log in (
             ("Gradient ratio", "gradient_ratio", True),
             ("Gradient cosine", "gradient_cosine", False),
@@ -204,9 +167,12 @@ def _smoothness(result: dict[str, Any] | None) -> str:
             ("Tree kept", "tree_retention", False),
         )
     )
-    trees = "".join(
-        f"<figure>{figures.tree_panel(title, result['trees'][key])}</figure>"
-        for title, key in ((result["against"], "reference"), ("quantized", "model"))
+    trees = frame.panels(
+        (
+            figures.tree_panel(title, result["trees"][key])
+            for title, key in ((result["against"], "reference"), ("quantized", "model"))
+        ),
+        style="trees",
     )
     note = (
         f"How differently the model reacts to {result['text']} ({result['windows']} windows of "
@@ -219,11 +185,7 @@ def _smoothness(result: dict[str, Any] | None) -> str:
         f'<p class="key">Most likely continuations of \u201c\u2026{html.escape(prompt)}\u201d: filled where '
         "both models have them; the wider, the likelier</p>"
     )
-    return _section(
-        "Smoothness",
-        f'{_definitions(facts)}<div class="panels">{panels}</div>{key}<div class="trees">{trees}</div>',
-        note,
-    )
+    return frame.section("Smoothness", f"{frame.definitions(facts)}{panels}{key}{trees}", note)
 
 
 def _sites(sites: list[dict[str, Any]]) -> str:
@@ -233,33 +195,23 @@ def _sites(sites: list[dict[str, Any]]) -> str:
         '<p class="key"><i class="thin"></i> original basis <i class="thick"></i> as quantized '
         '<i class="dashed"></i> less the offset of the group</p>'
     )
-    panels = "".join(f"<figure>{figures.site_panel(site)}</figure>" for site in sites)
     note = (
         "Channels by the largest value that a token of the calibration text has there, and the share of the "
         "energy that is lost when they are quantized. A flat dashed line leaves little to lose."
     )
-    return _section("Activations", f'{key}<div class="panels">{panels}</div>', note)
+    return frame.section("Activations", key + frame.panels(map(figures.site_panel, sites)), note)
 
 
 def _histograms(histograms: list[dict[str, Any]]) -> str:
     if not histograms:
         return ""
-    panels = "".join(f"<figure>{figures.histogram_panel(histogram)}</figure>" for histogram in histograms)
     note = "The weights before quantization, and the levels they are rounded to as thin lines."
-    return _section("Weights and their grid", f'<div class="panels">{panels}</div>', note)
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    head = "".join(f'<th scope="col">{name}</th>' for name in _COLUMNS)
-    body = "\n".join(_table_row(row) for row in rows)
-    return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Every linear"><table>'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+    return frame.section(
+        "Weights and their grid", frame.panels(map(figures.histogram_panel, histograms)), note
     )
 
 
 def _table_row(row: dict[str, Any]) -> str:
-    swatch = f'<i class="swatch {figures.colour_class(row["linear"])}"></i>'
     ratio = _ratio(row)
     cells = [
         "\u00d7".join(map(str, row["shape"])),
@@ -278,11 +230,8 @@ def _table_row(row: dict[str, Any]) -> str:
             )
         ),
     ]
-    odd = ' class="odd"' if row.get("fallback") or row.get("attempts", 0) > 1 else ""
-    return (
-        f'<tr{odd}><th scope="row">{swatch}{html.escape(row["module"])}</th>'
-        f"{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
-    )
+    odd = row.get("fallback", False) or row.get("attempts", 0) > 1
+    return frame.table_row(row["module"], cells, colour=figures.colour_class(row["linear"]), odd=odd)
 
 
 def _ratio(row: dict[str, Any]) -> float | None:
