@@ -22,6 +22,7 @@ from jaxquant.methods import aggregate, allocate, isotonic, kendall_interval
 from jaxquant.named import named
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe, by_path, to_toml
+from jaxquant.report import write_allocation
 from jaxquant.sensitivity import Domain, Sensitivity, Unit, measure_sensitivity, read_sensitivity
 
 #: Loss whose increase counts.
@@ -99,9 +100,14 @@ class Allocation:
         """The sum of the units' losses on a domain, in nats a token: the loss of all, if losses add up."""
         return float(getattr(self.table, metric)[domain][np.arange(len(self.choice)), self.choice].sum())
 
+    @property
+    def recipes(self) -> dict[int, Recipe]:
+        """What is done at every width."""
+        return {int(bits): Recipe.from_dict(recipe) for bits, recipe in self.table.facts["recipes"].items()}
+
     def recipe(self) -> Recipe:
         """The recipe with these bits: the most frequent width, and rules for the units of others."""
-        recipes = {int(b): Recipe.from_dict(recipe) for b, recipe in self.table.facts["recipes"].items()}
+        recipes = self.recipes
         usual = max(recipes, key=lambda bits: (self.bits.count(bits), -bits))
         blocks: dict[tuple[int, str], list[str]] = {}
         for unit, bits in zip(self.table.units, self.bits, strict=True):
@@ -277,7 +283,7 @@ def measure_table(
 def write_recipe(
     source: Source, table: Path, out: Path, *, budget: float, beta: float, metric: str
 ) -> dict[str, Any]:
-    """Writes the recipe that `budget` buys by `table`; what it is in plain types."""
+    """Writes the recipe that `budget` buys by `table`, and its page beside it; what it is in plain types."""
     found = allocation(read_sensitivity(table, source), budget, beta=beta, metric=metric)  # pyright: ignore[reportArgumentType]
     checkpoint.write_text(out, to_toml(found.recipe()))
     calibration = found.table.facts["calibration"]
@@ -302,4 +308,4 @@ def write_recipe(
         )
         tau, low, high = kendall_interval(np.mean(task, axis=0), np.mean(general, axis=0), seed=0)
         result["tau"] = {"bits": found.table.bits[0], "tau": tau, "low": low, "high": high}
-    return result
+    return {**result, "page": str(write_allocation(out.with_suffix(".html"), found, result))}

@@ -73,7 +73,8 @@ def allocate(
     is kept in a table that serves all budgets. An interrupted measurement
     goes on with the same command. Give training rows, not those that you
     evaluate on: the first --items are measured, the others calibrate, in
-    shares that are searched and printed.
+    shares that are searched and printed. Pictures go to a page beside the
+    recipe, OUT.html.
     """
     from jaxquant.allocation import measure_table, write_recipe
     from jaxquant.io import open_model

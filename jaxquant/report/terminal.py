@@ -75,7 +75,7 @@ def print_tasks(result: dict[str, Any]) -> None:
 
 
 def print_allocation(result: dict[str, Any]) -> None:
-    """The result of `jobs.allocate`."""
+    """The result of `allocation.write_recipe`."""
     print(
         f"{result['model']}: {result['effective_bits']:.4f} effective bits of {result['budget']:g}, "
         f"by {result['metric']} with beta {result['beta']:g}"
@@ -96,7 +96,7 @@ def print_allocation(result: dict[str, Any]) -> None:
     used = {name: share for name, share in result["shares"].items() if share}
     texts = " ".join(f"--calibration {shlex.quote(result['texts'][name])}" for name in used)
     mix = f" --mix {','.join(f'{share:g}' for share in used.values())}" if len(used) > 1 else ""
-    print(f"{result['recipe']} is written. Next:")
+    print(f"{result['recipe']} is written, pictures in {result['page']}. Next:")
     print(
         f"  jaxquant quantize {shlex.quote(result['model'])} --recipe {result['recipe']} {texts}{mix} --out q"
     )

@@ -1,9 +1,12 @@
-"""A run with made-up numbers, for the tests of the report."""
+"""A run with made-up numbers, and a reader of pages, for the tests of the report."""
 
 from __future__ import annotations
 
 import math
 import random
+from html.parser import HTMLParser
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 SHAPES = {
     "attn.q": (576, 576),
@@ -107,3 +110,30 @@ def make_run(**changes) -> dict:
         },
         **changes,
     }
+
+
+class Page(HTMLParser):
+    """Collects tags, and checks that they nest."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
