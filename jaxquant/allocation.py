@@ -303,9 +303,11 @@ def write_recipe(
         "shares": calibration["shares"],
     }
     if found.task and found.general:
-        task, general = (
-            [found.table.kl[name][:, 0] for name in names] for names in (found.task, found.general)
-        )
-        tau, low, high = kendall_interval(np.mean(task, axis=0), np.mean(general, axis=0), seed=0)
-        result["tau"] = {"bits": found.table.bits[0], "tau": tau, "low": low, "high": high}
+        rankings = [
+            np.mean([found.table.kl[name][:, 0] for name in names], axis=0)
+            for names in (found.task, found.general)
+        ]
+        if all(np.ptp(ranking) > 0 for ranking in rankings):
+            tau, low, high = kendall_interval(*rankings, seed=0)
+            result["tau"] = {"bits": found.table.bits[0], "tau": tau, "low": low, "high": high}
     return {**result, "page": str(write_allocation(out.with_suffix(".html"), found, result))}
