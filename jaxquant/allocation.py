@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from jaxquant.calibrate.collect import model_moments
 from jaxquant.calibrate.mixture import MixtureSearch, energy_traces, mix, search_mixture
-from jaxquant.calibrate.text import eval_windows, read_text, windows
+from jaxquant.calibrate.text import eval_windows, read_text, token_ids, windows
 from jaxquant.errors import InputError, UsageError
 from jaxquant.evaluate.task_data import load_items
 from jaxquant.io import checkpoint
@@ -151,11 +151,12 @@ def search_calibration(
         )
         for name, text in texts.items()
     }
-    short = (
-        eval_windows(text, source.tokenizer(), source.config, seqlen=_WINDOW, limit=items)
-        for text in measured
-    )
-    target = np.mean([energy_traces(seen(tokens)) for tokens in short], axis=0)
+
+    def short(text: str) -> np.ndarray:
+        length = min(_WINDOW, token_ids(text, source.tokenizer(), source.config).size)
+        return eval_windows(text, source.tokenizer(), source.config, seqlen=length, limit=items)
+
+    target = np.mean([energy_traces(seen(short(text))) for text in measured], axis=0)
     search = search_mixture(found, target)
     return search, mix(found, search.best)
 

@@ -146,7 +146,7 @@ def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
         "model": manifest["source"]["name"],
         "recipe_name": f"{name}, trained" if training else name,
         "recipe": f"{recipe}; {training_words(training)}" if training else str(recipe),
-        "grid": "weights in 16 bits" if recipe.keeps else str(recipe.grid),
+        "grid": " and ".join(dict.fromkeys(map(_grid_words, (recipe, *(rule for _, rule in recipe.rules))))),
         "effective_bits": summary["effective_bits"],
         "bytes_before": summary["source_bytes"],
         "bytes_after": summary["disk_bytes"],
@@ -376,6 +376,10 @@ def _drawn(tree: Tree, other: Tree, decode: Callable[[list[int]], str]) -> list[
         }
         for path in likely
     ]
+
+
+def _grid_words(recipe: Recipe) -> str:
+    return "weights in 16 bits" if recipe.keeps else str(recipe.grid)
 
 
 def _keep(path: Path, result: dict[str, Any]) -> None:

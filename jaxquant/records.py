@@ -33,12 +33,13 @@ def read_rows(folder: Path) -> tuple[list[Event], dict[str, list[Event]]]:
 def packed_row(packed: Packed, index: int, path: str) -> Event:
     """Place and size of a packed linear; where groups differ in bits their mean, and how many have which."""
     mixed = isinstance(packed, MixedQArray)
+    bits = packed.bits if mixed else packed.grid.bits
     row = {
         "module": f"blocks.{index}.{path}",
         "block": index,
         "linear": path,
         "shape": list(packed.shape),
-        "bits": packed.bits if mixed else packed.grid.bits,
+        "bits": int(bits) if bits == int(bits) else bits,
         "group_size": packed.group_size if mixed else packed.grid.group_size,
         "bytes": packed.nbytes,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -378,3 +379,82 @@ def test_training_refuses_what_does_not_fit(run, tmp_path, quantized):
         found, _, err = run("train", *arguments, *out)
         assert (found, message in err) == (code, True), err
     assert not (tmp_path / "t").exists()
+
+
+@pytest.fixture
+def sums(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    rows = [{"question": f"What is {i} and {i}?", "answer": f"Twice {i}.\n#### {2 * i}"} for i in range(80)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ALLOCATE = ["allocate", "tiny", "--items", 4, "--samples", 2, "--seqlen", 64, "--group-size", 32]
+
+
+@pytest.mark.slow
+def test_bits_are_allocated_and_the_model_quantized_with_them(run, sums, tmp_path):
+    recipe, table = tmp_path / "m.toml", tmp_path / "m.table.json"
+    domains = ["--task", f"gsm8k={sums}", "--general", "corpus=corpus"]
+    code, out, _ = run(
+        *ALLOCATE, "--recipe", "rtn", "--unit", "linear", *domains, "--bits", 4.2, "-o", recipe, "--json"
+    )
+    assert code == 0
+    result = json.loads(out)
+    assert 4 < result["effective_bits"] <= 4.2
+    assert len(result["units"]) == 21
+    assert set(result["units"].values()) >= {2, 4}
+    assert Path(result["page"]).is_file()
+    # The table alone serves another budget; the original is not measured again.
+    code, out, _ = run("allocate", "tiny", "--bits", 4.5, "--table", table, "-o", tmp_path / "n.toml")
+    assert code == 0
+    assert "effective bits of 4.5, by kl with beta 0.7" in out
+    command = shlex.split(out[out.index("jaxquant quantize") :].strip())
+    command[command.index("--out") + 1] = str(tmp_path / "q")
+    code, out, _ = run(*command[1:], "--samples", 4, "--seqlen", 64, "--json")
+    assert code == 0
+    done = json.loads(out.splitlines()[-1])
+    assert 4.2 < done["effective_bits"] <= 4.5
+    assert done["disk_bytes"] > done["quantized_bytes"]
+    code, out, _ = run("evaluate", tmp_path / "q", "--seqlen", 32, "--windows", 2, "--json")
+    assert code == 0
+    assert json.loads(out)["perplexity"] > 1
+    code, out, _ = run("inspect", tmp_path / "q", "--json")
+    assert {row["bits"] for row in json.loads(out)["modules"]} >= {3, 4}
+
+
+def test_allocations_that_cannot_be_are_refused(run, sums, tmp_path):
+    recipe = tmp_path / "m.toml"
+    code, _, err = run(*ALLOCATE[:2], "--bits", 4, "-o", recipe)
+    assert code == 1
+    assert "m.table.json: no such table; measure one first" in err
+    code, _, err = run(*ALLOCATE[:2], "--bits", 4, "-o", recipe, "--unit", "linear")
+    assert code == 2
+    assert "--unit has no effect with --table" in err
+    code, _, err = run(*ALLOCATE, "--bits", 4, "-o", recipe, "--task", f"gsm8k={sums}")
+    assert code == 2
+    assert "give a task and a general text, of different names" in err
+    domains = ["--task", f"arc_easy={sums}", "--general", "c=corpus"]
+    code, _, err = run(*ALLOCATE, "--bits", 4, "-o", recipe, *domains)
+    assert code == 1
+    assert "sums.jsonl:1: no field" in err
+    code, _, err = run(*ALLOCATE, "--bits", 4, "-o", tmp_path / "m.json", "--task", f"gsm8k={sums}")
+    assert code == 2
+    assert "a recipe is a .toml file" in err
+    for flag, told in (("--widths", "write numbers of bits, such as 2,3,4"), ("--task", "write NAME=FILE")):
+        code, _, err = run(*ALLOCATE, "--bits", 4, "-o", recipe, "--general", "c=corpus", flag, "x")
+        assert code == 2
+        assert told in err
+    assert not recipe.exists()
+
+
+def test_calibration_texts_are_mixed(run, text, tmp_path):
+    base = ["quantize", "tiny", "--recipe", "rtn", "--group-size", 32, "--samples", 4, "--seqlen", 64,
+            "--calibration", text, "--calibration", "corpus"]  # fmt: skip
+    code, _, _ = run(*base, "--mix", "1,3", "--out", tmp_path / "q")
+    assert code == 0
+    code, out, _ = run("inspect", tmp_path / "q", "--json")
+    assert json.loads(out)["calibration"]["text"] == f"0.25 {text}, 0.75 corpus"
+    code, _, err = run(*base, "--mix", "1,3,2", "--out", tmp_path / "r")
+    assert code == 2
+    assert "--mix 1,3,2: give one positive number for each of the 2 texts" in err
