@@ -279,6 +279,7 @@ def test_group_size_that_does_not_divide_is_refused_before_anything_is_written(p
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.slow
 def test_blocks_with_different_grids_run_and_reload(params, tokens, tmp_path):
     kept = chain(Keep(), grid=GRID)
     dynamic = chain(GPTQ(groups="dynamic"), grid=GRID)
