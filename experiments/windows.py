@@ -104,7 +104,14 @@ class Bench:
         report = {"protocol": self.protocol, "rows": self.rows}
         self.path.write_text(json.dumps(report, indent=1) + "\n")
 
-    def write_table(self, about: str, columns: list[str], lines: list[list[str]]) -> None:
+    def write_table(
+        self,
+        about: str,
+        columns: list[str],
+        lines: list[list[str]],
+        *,
+        calibration: str = "the WikiText-2 train part",
+    ) -> None:
         """A markdown table beside the JSON; words are aligned left and numbers right."""
         protocol = self.protocol
         original = ", ".join(f"{name} {value:.2f}" for name, value in protocol["original"].items())
@@ -113,7 +120,7 @@ class Bench:
             "",
             f"Original perplexity: {original}. Its weights are dequantized Q4_1 and lie on a 4-bit grid "
             "already.",
-            f"{about} Calibration: {SAMPLES} x {SEQLEN} tokens of the WikiText-2 train part. Mean over seeds,"
+            f"{about} Calibration: {SAMPLES} x {SEQLEN} tokens of {calibration}. Mean over seeds,"
             " +- standard deviation where there are several.",
             "",
             f"| {' | '.join(columns)} |",

@@ -108,6 +108,84 @@ class Sensitivity:
     facts: dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What the losses of a domain need of the original model, a row a scored token.
+
+    Attributes:
+      text, place: text and place of the activation that predicts the token.
+      mean: `E p`, p the probabilities of the original.
+      entropy: of p, in nats.
+      target: the column of `E` of the token.
+      nll: of the original.
+    """
+
+    text: np.ndarray
+    place: np.ndarray
+    mean: jax.Array
+    entropy: jax.Array
+    target: jax.Array
+    nll: np.ndarray
+
+    @classmethod
+    def of(cls, params: dict[str, Any], config: ModelConfig, domain: Domain) -> Probe:
+        """The original model's answers."""
+        text, place = np.nonzero(domain.scored)
+        place = place - 1
+        rows = []
+        for part in batches(domain.tokens):
+            hidden, _ = _final_hidden(params, config, jnp.asarray(domain.tokens[part]))
+            own = (text >= part.start) & (text < part.stop)
+            rows.append(hidden[text[own] - part.start, place[own]])
+        hidden = jnp.concatenate(rows)
+        mean, entropy, lse = _answers(head_only(params, config), config, hidden)
+        tokens = jnp.asarray(domain.tokens[text, place + 1])
+        target = params["embed"][tokens] if config.tie_embeddings else params["head"].T[tokens]
+        nll = lse - jnp.sum(hidden * target, axis=-1)
+        return cls(text, place, mean, entropy, target, np.asarray(nll))
+
+    def by_token(
+        self, params: dict[str, Any], config: ModelConfig, changed: Any, state: np.ndarray, index: int
+    ) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
+        """Growth of the NLL and `KL(original || changed)` of every scored token, in nats.
+
+        Of a model that is quantized throughout, give its own `params`, its first block, what `embed_all`
+        gives, and index 0; its head must be the original's.
+
+        Args:
+          params: of the whole model in floating point, blocks stacked.
+          changed: block `index`, instead of that in `params`.
+          state: what enters block `index`, `[n, T, d]`.
+          index: of the first block that is run.
+        """
+        nll, kl = [], []
+        for part in batches(state):
+            own = np.flatnonzero((self.text >= part.start) & (self.text < part.stop))
+            found = _losses(
+                params, config, changed, state[part], np.int32(index), self.text[own] - part.start,
+                self.place[own], self.mean[own], self.entropy[own], self.target[own],
+            )  # fmt: skip
+            nll.append(np.asarray(found[0]))
+            kl.append(np.asarray(found[1]))
+        growth = np.concatenate(nll).astype(np.float64) - self.nll
+        return growth, np.concatenate(kl).astype(np.float64)
+
+    def losses(
+        self, params: dict[str, Any], config: ModelConfig, changed: Any, state: np.ndarray, index: int
+    ) -> dict[str, float]:
+        """Means of `by_token`, and the standard error of the divergence over texts."""
+        growth, kl = self.by_token(params, config, changed, state, index)
+        texts = np.unique(self.text)
+        share = len(self.text) / len(texts)
+        # A mean of ratios would give short texts more weight; this is the ratio's linearized error.
+        apart = [np.sum(kl[self.text == t] - kl.mean()) / share for t in texts]
+        return {
+            "nll": float(growth.mean()),
+            "kl": float(kl.mean()),
+            "kl_stderr": float(np.std(apart, ddof=1) / len(texts) ** 0.5) if len(texts) > 1 else 0.0,
+        }
+
+
 def measure_sensitivity(
     source: Source,
     recipes: Mapping[int, Recipe],
@@ -167,7 +245,7 @@ def measure_sensitivity(
     }
     cells = _begin(path, facts)
     params = load_params(source, "float32")
-    probes = {name: _Probe.of(params, config, domain) for name, domain in domains.items()}
+    probes = {name: Probe.of(params, config, domain) for name, domain in domains.items()}
     states = {name: embed_all(params, config, domain.tokens) for name, domain in domains.items()}
     total, done = len(units) * len(recipes), 0
     for index in range(config.num_layers):
@@ -241,67 +319,6 @@ def units_of(config: ModelConfig, unit: Unit) -> list[str]:
     """Paths of the units, in the order of the model."""
     blocks = [f"blocks.{index}" for index in range(config.num_layers)]
     return blocks if unit == "block" else [f"{block}.{path}" for block in blocks for path in checkpoint.PATHS]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Probe:
-    """What the losses of a domain need of the original model, a row a scored token.
-
-    Attributes:
-      text, place: text and place of the activation that predicts the token.
-      mean: `E p`, p the probabilities of the original.
-      entropy: of p, in nats.
-      target: the column of `E` of the token.
-      nll: of the original.
-    """
-
-    text: np.ndarray
-    place: np.ndarray
-    mean: jax.Array
-    entropy: jax.Array
-    target: jax.Array
-    nll: np.ndarray
-
-    @classmethod
-    def of(cls, params: dict[str, Any], config: ModelConfig, domain: Domain) -> _Probe:
-        """The original model's answers."""
-        text, place = np.nonzero(domain.scored)
-        place = place - 1
-        rows = []
-        for part in batches(domain.tokens):
-            hidden, _ = _final_hidden(params, config, jnp.asarray(domain.tokens[part]))
-            own = (text >= part.start) & (text < part.stop)
-            rows.append(hidden[text[own] - part.start, place[own]])
-        hidden = jnp.concatenate(rows)
-        mean, entropy, lse = _answers(head_only(params, config), config, hidden)
-        tokens = jnp.asarray(domain.tokens[text, place + 1])
-        target = params["embed"][tokens] if config.tie_embeddings else params["head"].T[tokens]
-        nll = lse - jnp.sum(hidden * target, axis=-1)
-        return cls(text, place, mean, entropy, target, np.asarray(nll))
-
-    def losses(
-        self, params: dict[str, Any], config: ModelConfig, changed: Any, state: np.ndarray, index: int
-    ) -> dict[str, float]:
-        """Mean losses over the scored tokens with block `index` changed, `state` being what enters it."""
-        nll, kl = [], []
-        for part in batches(state):
-            own = np.flatnonzero((self.text >= part.start) & (self.text < part.stop))
-            found = _losses(
-                params, config, changed, state[part], np.int32(index), self.text[own] - part.start,
-                self.place[own], self.mean[own], self.entropy[own], self.target[own],
-            )  # fmt: skip
-            nll.append(np.asarray(found[0]))
-            kl.append(np.asarray(found[1]))
-        by_token = np.concatenate(kl).astype(np.float64)
-        texts = np.unique(self.text)
-        share = len(self.text) / len(texts)
-        # A mean of ratios would give short texts more weight; this is the ratio's linearized error.
-        apart = [np.sum(by_token[self.text == t] - by_token.mean()) / share for t in texts]
-        return {
-            "nll": float(np.mean(np.concatenate(nll).astype(np.float64) - self.nll)),
-            "kl": float(by_token.mean()),
-            "kl_stderr": float(np.std(apart, ddof=1) / len(texts) ** 0.5) if len(texts) > 1 else 0.0,
-        }
 
 
 @functools.partial(jax.jit, static_argnames="config")
