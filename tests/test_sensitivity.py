@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from small_model import CONFIG, MemorySource
 
-from jaxquant.calibrate.collect import model_moments
+from jaxquant.calibrate.collect import embed_all, model_moments
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.evaluate.task_data import Item
 from jaxquant.methods import Problem
 from jaxquant.models.decoder import forward, init_params
 from jaxquant.named import named
 from jaxquant.quant import Grid
-from jaxquant.sensitivity import Domain, measure_sensitivity, read_sensitivity, units_of
+from jaxquant.sensitivity import Domain, Probe, measure_sensitivity, read_sensitivity, units_of
 
 RECIPES = {bits: named("rtn", Grid(bits=bits, group_size=16)) for bits in (2, 4)}
 GPTQ = {bits: named("gptq", Grid(bits=bits, group_size=16)) for bits in (2, 4)}
@@ -114,6 +114,19 @@ def test_blocks_are_rounded_whole(source, moments, domains, tmp_path):
                 "mlp.gate", "mlp.up", "mlp.down"))  # fmt: skip
     np.testing.assert_array_equal(found.sizes, sizes)
     np.testing.assert_array_equal(found.costs, np.outer([sizes] * 3, [4, 6]))
+
+
+def test_a_probe_measures_whole_models_by_token(source, moments, domains):
+    params = replaced(source, moments, RECIPES[2], 0, None)
+    params = replaced(MemorySource(params), moments, RECIPES[2], 2, None)
+    first = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
+    for domain in domains.values():
+        probe = Probe.of(source.params, CONFIG, domain)
+        state = embed_all(params, CONFIG, domain.tokens)
+        text, nll, kl = losses(params, source.params, domain)
+        np.testing.assert_array_equal(probe.text, text)
+        found = probe.by_token(params, CONFIG, first, state, 0)
+        np.testing.assert_allclose(found, [nll, kl], rtol=1e-3, atol=2e-5)
 
 
 def test_an_interrupted_table_goes_on(source, moments, domains, table, tmp_path):
