@@ -46,8 +46,7 @@ import matplotlib.pyplot as plt
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A row: who gets the bits, how linears are rounded, and on what text ("searched": the table's "
-    "shares)."""
+    """Who gets the bits, how linears are rounded, and what text calibrates; searched: the table's mixture."""
 
     bits: str
     recipe: str = "gptq"
