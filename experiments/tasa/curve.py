@@ -7,7 +7,7 @@ DIR as for sensitivity.py, which comes first, with wikitext2/wiki.test.raw, c4/c
 gsm8k/gsm8k_test_even.jsonl, and the test rows of ARC, HellaSwag, PIQA and WinoGrande. Every row runs the
 whole pipeline (inputs of a block come from the quantized blocks before it) on 24 x 512 calibration tokens
 drawn by `seed`, and evaluates the saved model: NLL and divergence from the original on gold solutions of
-128 test rows of GSM8K, both item by item; accuracy on the first `--items` of each choice task (0: none),
+128 test rows of GSM8K, both item by item; accuracy on the first `--items` of each choice task,
 WikiText-2 and C4. Rows are added to results/curve.json one by one; those already there are kept.
 results/curve.md and curve.png are made from the JSON.
 
