@@ -4,8 +4,8 @@
 
 DIR holds gsm8k/gsm8k_train_1000.jsonl and wikitext2/wiki.train.part.raw. Blocks are quantized one at a time
 to 2, 3 and 4 bits by GPTQ (groups of 64, clip search, act-order) on the searched mixture of both texts;
-losses are those of the first 64 gold solutions, less the few of more than 256 tokens with their questions, and
-of 64 windows of 128 tokens, none of which calibrate.
+losses are those of the first 64 gold solutions, less the few of more than 256 tokens with their questions,
+and of 64 windows of 128 tokens, none of which calibrate.
 results/sensitivity.json is the table, from which curve.py allocates; an interrupted run goes on, and
 results/seconds.json adds up what all runs took. Then Kendall's tau between the two domains' rankings, with
 bootstrap intervals over blocks: results/rankings.json, rankings.md, rankings.png.
