@@ -15,6 +15,7 @@ from jaxquant.calibrate.collect import model_moments
 from jaxquant.calibrate.mixture import MixtureSearch, energy_traces, mix, search_mixture
 from jaxquant.calibrate.text import eval_windows, read_text, token_ids, windows
 from jaxquant.errors import InputError, UsageError
+from jaxquant.evaluate.probe import Domain
 from jaxquant.evaluate.task_data import load_items
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source, load_params
@@ -23,7 +24,7 @@ from jaxquant.named import named
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe, by_path, to_toml
 from jaxquant.report import write_allocation
-from jaxquant.sensitivity import Domain, Sensitivity, Unit, measure_sensitivity, read_sensitivity
+from jaxquant.sensitivity import Sensitivity, Unit, measure_sensitivity, read_sensitivity
 
 #: Loss whose increase counts.
 Metric = Literal["kl", "nll"]

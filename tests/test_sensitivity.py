@@ -13,12 +13,13 @@ from small_model import CONFIG, MemorySource
 
 from jaxquant.calibrate.collect import embed_all, model_moments
 from jaxquant.errors import InputError, NonFiniteError, UsageError
+from jaxquant.evaluate.probe import Domain, Probe
 from jaxquant.evaluate.task_data import Item
 from jaxquant.methods import Problem
 from jaxquant.models.decoder import forward, init_params
 from jaxquant.named import named
 from jaxquant.quant import Grid
-from jaxquant.sensitivity import Domain, Probe, measure_sensitivity, read_sensitivity, units_of
+from jaxquant.sensitivity import measure_sensitivity, read_sensitivity, units_of
 
 RECIPES = {bits: named("rtn", Grid(bits=bits, group_size=16)) for bits in (2, 4)}
 GPTQ = {bits: named("gptq", Grid(bits=bits, group_size=16)) for bits in (2, 4)}

@@ -15,9 +15,9 @@ from windows import SAMPLES, SEQLEN, Bench
 from jaxquant.calibrate.collect import embed_all
 from jaxquant.calibrate.text import windows
 from jaxquant.evaluate import evaluate_task, load_items
+from jaxquant.evaluate.probe import Domain, Probe
 from jaxquant.io import Source, load_params
 from jaxquant.quant import QStack, is_packed
-from jaxquant.sensitivity import Domain, Probe
 
 GSM8K, ROWS = "gsm8k/gsm8k_test_even.jsonl", 128
 CHOICES = {
