@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,24 +14,37 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxquant.calibrate.collect import model_moments
-from jaxquant.calibrate.mixture import MixtureSearch, energy_traces, mix, search_mixture
+from jaxquant.calibrate.mixture import energy_traces, mix, search_mixture
 from jaxquant.calibrate.text import eval_windows, read_text, token_ids, windows
 from jaxquant.errors import InputError, UsageError
-from jaxquant.evaluate.probe import Domain
+from jaxquant.evaluate.probe import Domain, gold_tokens
 from jaxquant.evaluate.task_data import load_items
+from jaxquant.folder import token_facts
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source, load_params
 from jaxquant.methods import aggregate, allocate, isotonic, kendall_interval
+from jaxquant.models.config import ModelConfig
 from jaxquant.named import named
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe, by_path, to_toml
 from jaxquant.report import write_allocation
-from jaxquant.sensitivity import Sensitivity, Unit, measure_sensitivity, read_sensitivity
+from jaxquant.sensitivity import (
+    Sensitivity,
+    Unit,
+    begun_table,
+    measure_sensitivity,
+    read_sensitivity,
+    stored_bits,
+    table_facts,
+    units_of,
+)
 
 #: Loss whose increase counts.
 Metric = Literal["kl", "nll"]
 # Tokens of a measured window of general text.
 _WINDOW = 128
+# Tokens of a measured row.
+_LONGEST = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,12 +67,16 @@ class Texts:
         """
         if self.task:
             rows = load_items(self.name, self.source)
+            # Those that are too long for a cell calibrate.
+            lengths = [sum(map(len, gold_tokens(row, source.tokenizer(), source.config))) for row in rows]
+            ordered = sorted(zip(lengths, rows, strict=True), key=lambda pair: pair[0] > _LONGEST)
+            rows = [row for _, row in ordered]
             if len(rows) <= items:
                 raise InputError(
                     f"{self.source}: {len(rows)} rows, of which {items} are measured; give a longer file, or "
                     "fewer --items"
                 )
-            domain = Domain.of_items(rows[:items], source.tokenizer(), source.config)
+            domain = Domain.of_items(rows[:items], source.tokenizer(), source.config, longest=_LONGEST)
             measured, rest = (
                 "\n\n".join(row.solved for row in part) for part in (rows[:items], rows[items:])
             )
@@ -122,46 +141,6 @@ class Allocation:
         return by_path(rules, recipes[usual])
 
 
-def search_calibration(
-    source: Source,
-    texts: Mapping[str, str],
-    measured: Sequence[str],
-    *,
-    items: int,
-    samples: int,
-    seqlen: int,
-    seed: int,
-) -> tuple[MixtureSearch, dict[str, Any]]:
-    """The shares of calibration texts, and the moments of that mixture; see `calibrate.mixture`.
-
-    Args:
-      source: the model; all of it is held in memory.
-      texts: by name.
-      measured: of each domain; the mean of their traces is the target.
-      items: windows of 128 tokens of each of these.
-      samples, seqlen, seed: windows of each of the texts.
-    """
-    params = load_params(source, "float32")
-
-    def seen(tokens: np.ndarray) -> Any:
-        return model_moments(params, source.config, tokens, mask="first")
-
-    found = {
-        name: seen(
-            windows(text, source.tokenizer(), source.config, samples=samples, seqlen=seqlen, seed=seed)
-        )
-        for name, text in texts.items()
-    }
-
-    def short(text: str) -> np.ndarray:
-        length = min(_WINDOW, token_ids(text, source.tokenizer(), source.config).size)
-        return eval_windows(text, source.tokenizer(), source.config, seqlen=length, limit=items)
-
-    target = np.mean([energy_traces(seen(short(text))) for text in measured], axis=0)
-    search = search_mixture(found, target)
-    return search, mix(found, search.best)
-
-
 def measure(
     source: Source,
     recipes: Mapping[int, Recipe],
@@ -177,43 +156,74 @@ def measure(
 ) -> Sensitivity:
     """Searches the calibration mixture and measures the table of `sensitivity.measure_sensitivity`.
 
+    Moments leave out the first token of a window, and so do those of the recipes that are kept. The moments
+    of all taps of all blocks are held for every text and for a mixture, 4 bytes a number: .4 GB each for
+    SmolLM2-135M, 33 GB for an 8B model.
+
     Args:
       source, recipes, path, unit, on_cell: as there.
-      texts: the domains.
-      items: rows of a task, or windows of 128 tokens, that are measured; the rest of a text calibrates.
+      texts: the domains, of both kinds.
+      items: rows of a task of at most 256 tokens, or windows of 128, that are measured; the rest calibrates.
       samples, seqlen, seed: calibration windows of each text.
 
     Raises:
-      UsageError: fewer than two domains, or two of one name, or what `measure_sensitivity` refuses.
+      UsageError: no task or no general text, two of one name, or what `measure_sensitivity` refuses.
       InputError: a text is too short or unreadable, or `path` holds another table.
     """
     names = [text.name for text in texts]
-    if len(names) < 2 or len(set(names)) < len(names):
+    if {text.task for text in texts} != {True, False} or len(set(names)) < len(names):
         raise UsageError(
             f"domains {', '.join(names) or 'none'}: give a task and a general text, of different names"
         )
+    recipes = {bits: dataclasses.replace(recipe, mask="first") for bits, recipe in recipes.items()}
     parts = {text.name: text.parts(source, items=items) for text in texts}
     domains = {name: domain for name, (domain, _, _) in parts.items()}
-    rest = {name: text for name, (_, _, text) in parts.items()}
-    measured = [text for _, text, _ in parts.values()]
-    search, moments = search_calibration(
-        source, rest, measured, items=items, samples=samples, seqlen=seqlen, seed=seed
-    )
-    best = int(np.argmax(search.objective))
-    describe = {
-        "texts": {text.name: text.source for text in texts},
-        "tasks": [text.name for text in texts if text.task],
-        "shares": search.best,
-        "alignment": float(search.alignment[best]),
-        "diversity": float(search.diversity[best]),
-        "nu": search.nu,
-        "samples": samples,
-        "seqlen": seqlen,
-        "seed": seed,
-        "items": items,
+    tokenizer, config = source.tokenizer(), source.config
+    calibration = {
+        name: windows(rest, tokenizer, config, samples=samples, seqlen=seqlen, seed=seed)
+        for name, (_, _, rest) in parts.items()
     }
+    describe = {
+        "tasks": [text.name for text in texts if text.task],
+        "items": items,
+        "seed": seed,
+        **{name: token_facts(tokens, {}) for name, tokens in calibration.items()},
+    }
+    facts = table_facts(source, recipes, domains, unit, describe)
+    stored = begun_table(path, facts)
+    if stored is not None:
+        with contextlib.suppress(InputError):
+            return read_sensitivity(path, source)
+
+    params = load_params(source, "float32")
+    seen = functools.partial(model_moments, params, config, mask="first")
+
+    def short(text: str) -> np.ndarray:
+        length = min(_WINDOW, token_ids(text, tokenizer, config).size)
+        return eval_windows(text, tokenizer, config, seqlen=length, limit=items)
+
+    found = {name: seen(tokens) for name, tokens in calibration.items()}
+    if stored is None:
+        target = np.mean([energy_traces(seen(short(text))) for _, text, _ in parts.values()], axis=0)
+        search = search_mixture(found, target)
+        notes = {
+            "texts": {text.name: text.source for text in texts},
+            "shares": search.best,
+            "search": {
+                "names": list(search.names),
+                "shares": search.shares.tolist(),
+                "alignment": search.alignment.tolist(),
+                "diversity": search.diversity.tolist(),
+                "nu": search.nu,
+            },
+        }
+    else:
+        # Another number of cores may round to another best share.
+        notes = stored["notes"]
+    moments = mix(found, notes["shares"])
+    del found, seen, params  # another copy is loaded
     return measure_sensitivity(
-        source, recipes, moments, domains, path, unit=unit, describe=describe, on_cell=on_cell
+        source, recipes, moments, domains, path, unit=unit, describe=describe, notes=notes, on_cell=on_cell
     )
 
 
@@ -225,7 +235,7 @@ def allocation(table: Sensitivity, budget: float, *, beta: float = 0.7, metric: 
     Args:
       budget: scales and zeros included.
       beta: weight of the tasks; 0: the general texts alone.
-      metric: `"kl"`, less noisy and never below 0, or `"nll"`.
+      metric: `"kl"`, less noisy and never below 0 but for rounding, or `"nll"`.
 
     Raises:
       UsageError: no allocation meets the budget, `beta` is out of range, or an unknown `metric`.
@@ -235,15 +245,10 @@ def allocation(table: Sensitivity, budget: float, *, beta: float = 0.7, metric: 
     losses = getattr(table, metric)
     task = tuple(name for name in losses if name in table.facts["calibration"]["tasks"])
     general = tuple(name for name in losses if name not in task)
-    mean = {
-        kind: np.mean([losses[name] for name in names], axis=0)
-        for kind, names in (("task", task), ("general", general))
-        if names
-    }
-    if len(mean) < 2:
-        only = next(iter(mean))
-        mean = {"task": mean[only], "general": mean[only]}
-    s = isotonic(aggregate(mean["task"], mean["general"], beta=beta))
+    if not task or not general:
+        raise UsageError(f"domains {', '.join(losses)}: a task and a general text are needed")
+    pairs = [aggregate(losses[a], losses[b], beta=beta) for a in task for b in general]
+    s = isotonic(np.mean(pairs, axis=0))
     choice = allocate(s, table.costs, table.sizes, budget)
     return Allocation(table=table, choice=choice, sensitivity=s, task=task, general=general)
 
@@ -262,15 +267,24 @@ def measure_table(
     samples: int,
     seqlen: int,
     seed: int,
+    budget: float,
+    beta: float,
+    metric: str,
     on_cell: Callable[[int, int], None] | None = None,
 ) -> None:
-    """`measure` on grids with clip search; arguments as on the command line."""
+    """`measure` on grids with clip search; arguments as on the command line.
+
+    Raises:
+      UsageError: what `allocation` would refuse afterwards: the budget, beta or the metric.
+    """
     texts = [Texts(name=name, source=file, task=True) for name, file in tasks.items()]
     texts += [Texts(name=name, source=file, task=False) for name, file in general.items()]
     grids = {bits: Grid(bits=bits, group_size=group_size, clip="mse") for bits in widths}
+    recipes = {bits: named(recipe, grid) for bits, grid in grids.items()}
+    _check(source.config, recipes, unit, budget, beta=beta, metric=metric)
     measure(
         source,
-        {bits: named(recipe, grid) for bits, grid in grids.items()},
+        recipes,
         texts,
         table,
         unit=unit,  # pyright: ignore[reportArgumentType]
@@ -288,7 +302,7 @@ def write_recipe(
     """Writes the recipe that `budget` buys by `table`, and its page beside it; what it is in plain types."""
     found = allocation(read_sensitivity(table, source), budget, beta=beta, metric=metric)  # pyright: ignore[reportArgumentType]
     checkpoint.write_text(out, to_toml(found.recipe()))
-    calibration = found.table.facts["calibration"]
+    calibration, notes = (found.table.facts[key] for key in ("calibration", "notes"))
     result: dict[str, Any] = {
         "model": source.name,
         "table": str(table),
@@ -300,16 +314,30 @@ def write_recipe(
         "units": dict(zip(found.table.units, found.bits, strict=True)),
         "tasks": list(found.task),
         "general": list(found.general),
-        "predicted": {name: found.predicted("kl", name) for name in found.table.kl},
-        "texts": calibration["texts"],
-        "shares": calibration["shares"],
+        "predicted": {name: found.predicted(metric, name) for name in found.table.kl},  # pyright: ignore[reportArgumentType]
+        "texts": notes["texts"],
+        "shares": notes["shares"],
+        **{key: calibration[found.task[0]][key] for key in ("samples", "seqlen")},
+        "seed": calibration["seed"],
     }
-    if found.task and found.general:
-        rankings = [
-            np.mean([found.table.kl[name][:, 0] for name in names], axis=0)
-            for names in (found.task, found.general)
-        ]
-        if all(np.ptp(ranking) > 0 for ranking in rankings):
-            tau, low, high = kendall_interval(*rankings, seed=0)
-            result["tau"] = {"bits": found.table.bits[0], "tau": tau, "low": low, "high": high}
+    losses = getattr(found.table, metric)
+    rankings = [
+        np.mean([losses[name][:, 0] for name in names], axis=0) for names in (found.task, found.general)
+    ]
+    if all(np.ptp(ranking) > 0 for ranking in rankings):
+        tau, low, high = kendall_interval(*rankings, seed=0)
+        result["tau"] = {"bits": found.table.bits[0], "tau": tau, "low": low, "high": high}
     return {**result, "page": str(write_allocation(out.with_suffix(".html"), found, result))}
+
+
+def _check(
+    config: ModelConfig, recipes: Mapping[int, Recipe], unit: str, budget: float, *, beta: float, metric: str
+) -> None:
+    """Refuses before an hour of measurement what would be refused behind it."""
+    if unit not in get_args(Unit):
+        raise UsageError(f"unknown unit {unit!r}; use {' or '.join(get_args(Unit))}")
+    if metric not in get_args(Metric):
+        raise UsageError(f"unknown metric {metric!r}; use {' or '.join(get_args(Metric))}")
+    sizes, costs = stored_bits(config, recipes, units_of(config, unit))  # pyright: ignore[reportArgumentType]
+    even = np.ones(costs.shape)
+    allocate(aggregate(even, even, beta=beta), costs, sizes, budget)

@@ -13,8 +13,9 @@ import numpy as np
 
 from jaxquant.calibrate.text import eval_windows, read_text, windows
 from jaxquant.errors import InputError, UsageError
-from jaxquant.evaluate import divergence, evaluate_task, load_items, perplexity
+from jaxquant.evaluate import divergence, evaluate_task, perplexity
 from jaxquant.evaluate import generate as continue_tokens
+from jaxquant.evaluate.task_data import TASKS, load_items
 from jaxquant.io import LoadedModel, checkpoint, load_model
 from jaxquant.io.source import Source
 from jaxquant.models.config import ModelConfig
@@ -39,10 +40,13 @@ _PROMPT = 64
 
 
 def calibration_windows(source: Source, text: str, *, samples: int, seqlen: int, seed: int) -> np.ndarray:
-    """Calibration windows int32 `[samples, seqlen]` from what `text` names, checked against the model."""
+    """Calibration windows int32 `[samples, seqlen]` from what `text` names, checked against the model.
+
+    `text` is as in `read_text`, or `TASK=FILE`: rows of a task with their answers.
+    """
     check_seqlen(seqlen, source.config)
     return windows(
-        read_text(text), source.tokenizer(), source.config, samples=samples, seqlen=seqlen, seed=seed
+        _text_of(text), source.tokenizer(), source.config, samples=samples, seqlen=seqlen, seed=seed
     )
 
 
@@ -380,6 +384,13 @@ def _drawn(tree: Tree, other: Tree, decode: Callable[[list[int]], str]) -> list[
 
 def _grid_words(recipe: Recipe) -> str:
     return "weights in 16 bits" if recipe.keeps else str(recipe.grid)
+
+
+def _text_of(spec: str) -> str:
+    task, _, file = spec.partition("=")
+    if task in TASKS and file:
+        return "\n\n".join(item.solved for item in load_items(task, file))
+    return read_text(spec)
 
 
 def _keep(path: Path, result: dict[str, Any]) -> None:

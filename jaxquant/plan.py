@@ -49,13 +49,7 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
     for index in range(config.num_layers):
         for path, (n, m) in shapes.items():
             module = f"blocks.{index}.{path}"
-            own = recipe.at(module)
-            if own.keeps:
-                packed += 2 * n * m
-                continue
-            groups = own.grid.groups(n, where=module)
-            packed += own.grid.effective_bits(n) / 8 * n * m + 4 * n * own.stores_order
-            packed += 4 * groups * own.mixes_groups
+            packed += recipe.at(module).stored_bytes(n, m, where=module)
     tokens, layers = samples * seqlen, config.num_layers
     runtime_bytes = 0
     if recipe.surgery is not None:

@@ -158,6 +158,18 @@ class Recipe:
         stages = (stage.stage if isinstance(stage, Masked) else stage for stage in self.stages)
         return any(isinstance(s, GroupBits) for s in stages) or any(r.mixes_groups for _, r in self.rules)
 
+    def stored_bytes(self, rows: int, columns: int, *, where: str = "weight") -> float:
+        """Bytes of a linear `[rows, columns]`, scales, zeros and orders included; where groups mix, at most.
+
+        Raises:
+          UsageError: the group size does not divide `rows`; names `where`.
+        """
+        if self.keeps:
+            return 2.0 * rows * columns
+        groups = self.grid.groups(rows, where=where)
+        orders = 4 * rows * self.stores_order + 4 * groups * self.mixes_groups
+        return self.grid.effective_bits(rows) / 8 * rows * columns + orders
+
     def runtime(self, config: ModelConfig) -> ModelConfig:
         """The config of the quantized model.
 

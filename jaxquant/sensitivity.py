@@ -21,7 +21,7 @@ from jaxquant.io import checkpoint
 from jaxquant.io.source import Source, load_params
 from jaxquant.methods import Problem
 from jaxquant.models import decoder
-from jaxquant.models.config import LINEARS, ModelConfig
+from jaxquant.models.config import EXACT, LINEARS, ModelConfig
 from jaxquant.recipe import Recipe
 
 #: What is quantized at a time.
@@ -42,7 +42,7 @@ class Sensitivity:
       nll, kl: by domain, `[units, widths]` in nats per scored token: how much the negative log-likelihood
         grows, and `KL(original || quantized)`.
       kl_stderr: standard errors of `kl` over the texts of the domain.
-      facts: of model, recipe, calibration and domains.
+      facts: of model, recipe, calibration and domains; notes.
     """
 
     units: tuple[str, ...]
@@ -64,6 +64,7 @@ def measure_sensitivity(
     *,
     unit: Unit = "block",
     describe: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
     on_cell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sensitivity:
     """Quantizes one unit at a time, all others in floating point, and measures what each domain loses.
@@ -84,7 +85,8 @@ def measure_sensitivity(
       domains: by name.
       path: JSON file, written after every unit; what is there is not measured again.
       unit: `"block"`, or `"linear"` for 7 times as many cells.
-      describe: facts about the calibration, kept in the file.
+      describe: facts about the calibration, which tell one table from another.
+      notes: more about it, kept in the file.
       on_cell: called with `(cells done, cells in total)`.
 
     Raises:
@@ -98,21 +100,18 @@ def measure_sensitivity(
     if not domains or not recipes:
         raise UsageError("sensitivity needs a domain and a recipe at least")
     for recipe in recipes.values():
-        if recipe.folds or recipe.finishes or recipe.surgery or recipe.keeps or recipe.needs_gradients:
+        whole = recipe.folds or recipe.finishes or recipe.surgery or recipe.precision != EXACT
+        if whole or recipe.keeps or recipe.needs_gradients:
             raise UsageError(
                 f"sensitivity: {recipe} does more than round linears; use rtn, gptq or osaq-gptq"
             )
     # Small losses drown in the rounding of half-precision activations.
     config = dataclasses.replace(source.config, dtype="float32")
     units = units_of(config, unit)
-    facts = {
-        "model": {"name": source.name, "fingerprint": source.fingerprint()},
-        "recipes": {str(bits): recipe.to_dict() for bits, recipe in sorted(recipes.items())},
-        "domains": {name: domain.facts() for name, domain in domains.items()},
-        "unit": unit,
-        "calibration": dict(describe or {}),
-    }
-    cells = _begin(path, facts)
+    facts = table_facts(source, recipes, domains, unit, describe or {})
+    stored = begun_table(path, facts)
+    cells = {} if stored is None else stored["cells"]
+    kept = {"format": FORMAT, **facts, "notes": dict(notes or {})}
     params = load_params(source, "float32")
     probes = {name: Probe.of(params, config, domain) for name, domain in domains.items()}
     states = {name: embed_all(params, config, domain.tokens) for name, domain in domains.items()}
@@ -132,9 +131,7 @@ def measure_sensitivity(
                     _check(losses, name, bits)
                     cells[name][str(bits)] = losses
                 on_cell(done := done + 1, total)
-            checkpoint.write_text(
-                path, json.dumps({"format": FORMAT, **facts, "cells": cells}, indent=1) + "\n"
-            )
+            checkpoint.write_text(path, json.dumps({**kept, "cells": cells}, indent=1) + "\n")
         for state in states.values():
             for part in batches(state):
                 state[part] = _through(original, config, state[part], sliding=config.slides(index))
@@ -167,21 +164,77 @@ def read_sensitivity(path: Path, source: Source) -> Sensitivity:
             for domain in stored["domains"]
         }
 
-    shapes = [[config.linear_shape(own) for own in _paths(name)] for name in units]
-    costs = [
-        [round(sum(n * m * recipes[b].grid.effective_bits(n) for n, m in own)) for b in bits]
-        for own in shapes
-    ]
+    sizes, costs = stored_bits(config, recipes, units)
     return Sensitivity(
         units=tuple(units),
         bits=tuple(bits),
-        sizes=np.array([sum(n * m for n, m in own) for own in shapes]),
-        costs=np.array(costs),
+        sizes=sizes,
+        costs=costs,
         nll=table("nll"),
         kl=table("kl"),
         kl_stderr=table("kl_stderr"),
-        facts={key: stored[key] for key in ("model", "recipes", "domains", "unit", "calibration")},
+        facts={key: stored[key] for key in ("model", "recipes", "domains", "unit", "calibration", "notes")},
     )
+
+
+def table_facts(
+    source: Source,
+    recipes: Mapping[int, Recipe],
+    domains: Mapping[str, Domain],
+    unit: Unit,
+    describe: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What tells one table from another; arguments as in `measure_sensitivity`."""
+    facts = {
+        "model": {"name": source.name, "fingerprint": source.fingerprint()},
+        "recipes": {str(bits): recipe.to_dict() for bits, recipe in sorted(recipes.items())},
+        "domains": {name: domain.facts() for name, domain in domains.items()},
+        "unit": unit,
+        "calibration": dict(describe),
+    }
+    return json.loads(json.dumps(facts))
+
+
+def begun_table(path: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """What `path` holds, finished or not, if it is a table of `facts`; `None` if there is nothing.
+
+    Raises:
+      InputError: it holds something else.
+    """
+    if not path.is_file():
+        return None
+    stored = _load(path)
+    for key, wanted in facts.items():
+        if wanted != stored.get(key):
+            raise InputError(
+                f"{path} was measured with a different {key.removesuffix('s')}; give the same, or "
+                "another --table"
+            )
+    return stored
+
+
+def stored_bits(
+    config: ModelConfig, recipes: Mapping[int, Recipe], units: Sequence[str]
+) -> tuple[Int[np.ndarray, " units"], Int[np.ndarray, "units widths"]]:
+    """Weights of every unit, and the bits that are stored for it by each recipe, widths ascending.
+
+    Raises:
+      UsageError: groups do not divide the inputs of a linear; names it.
+    """
+
+    def cost(unit: str, recipe: Recipe) -> int:
+        block = ".".join(unit.split(".")[:2])
+        linears = [f"{block}.{path}" for path in _paths(unit)]
+        shapes = [config.linear_shape(path) for path in _paths(unit)]
+        stored = (
+            recipe.at(linear).stored_bytes(*shape, where=linear)
+            for linear, shape in zip(linears, shapes, strict=True)
+        )
+        return round(8 * sum(stored))
+
+    sizes = [sum(np.prod(config.linear_shape(path)) for path in _paths(unit)) for unit in units]
+    costs = [[cost(unit, recipe) for _, recipe in sorted(recipes.items())] for unit in units]
+    return np.array(sizes), np.array(costs)
 
 
 def units_of(config: ModelConfig, unit: Unit) -> list[str]:
@@ -222,20 +275,6 @@ def _check(losses: dict[str, dict[str, float]], name: str, bits: int) -> None:
             raise NonFiniteError(
                 f"{name} at {bits} bits: the loss on {domain} is not finite; check the model"
             )
-
-
-def _begin(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Cells of an unfinished table of the same facts, or none."""
-    if not path.is_file():
-        return {}
-    stored = _load(path)
-    for key, wanted in facts.items():
-        if json.loads(json.dumps(wanted)) != stored.get(key):
-            raise InputError(
-                f"{path} was measured with a different {key.removesuffix('s')}; give the same, or "
-                "another --table"
-            )
-    return stored["cells"]
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -57,9 +57,17 @@ def test_what_is_predicted_is_the_sum_over_units():
     assert found.predicted("nll", "g") == pytest.approx(4 / 32)
 
 
-def test_one_kind_of_domain_decides_alone():
-    texts = table(BLOCKS, task=[9, 1, 1, 1], general=[9, 1, 1, 1], tasks=())
-    assert allocation(texts, 4.0, beta=0.7).bits == allocation(texts, 4.0, beta=0).bits
+def test_domains_of_one_kind_count_equally_whatever_their_size():
+    found = table(BLOCKS, task=[1] * 4, general=[1] * 4, tasks=("t", "u"))
+    for losses in (found.kl, found.nll):
+        losses["t"], losses["u"] = np.outer([9, 1, 1, 1], FALL), np.outer([0.01, 0.01, 0.01, 0.09], FALL)
+    chosen = allocation(found, 4.0, beta=1)
+    assert chosen.bits[0] == chosen.bits[3] > chosen.bits[1]
+
+
+def test_both_kinds_of_domains_are_needed():
+    with pytest.raises(UsageError, match="domains t, g: a task and a general text are needed"):
+        allocation(table(BLOCKS, task=[1] * 4, general=[1] * 4, tasks=()), 4.0)
 
 
 def test_the_recipe_has_the_bits_of_every_block(tmp_path):
@@ -117,8 +125,19 @@ def test_measured_rows_do_not_calibrate(rows):
         Texts(name="gsm8k", source=str(rows), task=True).parts(source, items=40)
 
 
+def test_long_rows_calibrate(rows):
+    rows.write_text(
+        json.dumps({"question": "word " * 300, "answer": "long\n#### 1"}) + "\n" + rows.read_text()
+    )
+    parts = Texts(name="gsm8k", source=str(rows), task=True).parts(open_model("tiny"), items=6)
+    domain, measured, rest = parts
+    assert len(domain.tokens) == measured.count("Question:") == 6
+    assert "word word" in rest
+
+
 def test_domains_must_be_two_of_different_names(tmp_path):
     source, text = open_model("tiny"), Texts(name="a", source="corpus", task=False)
-    for texts in ([text], [text, text], []):
+    other = Texts(name="b", source="corpus", task=False)
+    for texts in ([text], [text, text], [text, other], []):
         with pytest.raises(UsageError, match="give a task and a general text, of different names"):
             measure(source, RECIPES, texts, tmp_path / "t.json")

@@ -19,10 +19,12 @@ from jaxquant.methods import Problem
 from jaxquant.models.decoder import forward, init_params
 from jaxquant.named import named
 from jaxquant.quant import Grid
-from jaxquant.sensitivity import measure_sensitivity, read_sensitivity, units_of
+from jaxquant.recipe import chain
+from jaxquant.sensitivity import measure_sensitivity, read_sensitivity, stored_bits, units_of
+from jaxquant.stages import GPTQ, GroupBits
 
 RECIPES = {bits: named("rtn", Grid(bits=bits, group_size=16)) for bits in (2, 4)}
-GPTQ = {bits: named("gptq", Grid(bits=bits, group_size=16)) for bits in (2, 4)}
+FEEDBACK = {bits: named("gptq", Grid(bits=bits, group_size=16)) for bits in (2, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def moments(source, tokens):
 @pytest.fixture(scope="module")
 def table(source, moments, domains, tmp_path_factory):
     path = tmp_path_factory.mktemp("table") / "t.json"
-    return measure_sensitivity(source, GPTQ, moments, domains, path, unit="linear"), path
+    return measure_sensitivity(source, FEEDBACK, moments, domains, path, unit="linear"), path
 
 
 def replaced(source, moments, recipe, block, linears):
@@ -93,7 +95,7 @@ def losses(params, original, domain):
 def test_cells_are_losses_with_one_linear_rounded(unit, column, source, moments, domains, table):
     found, _ = table
     _, block, linear = unit.split(".", 2)
-    params = replaced(source, moments, GPTQ[found.bits[column]], int(block), [linear])
+    params = replaced(source, moments, FEEDBACK[found.bits[column]], int(block), [linear])
     for name, domain in domains.items():
         _, nll, kl = losses(params, source.params, domain)
         row = found.units.index(unit)
@@ -115,6 +117,22 @@ def test_blocks_are_rounded_whole(source, moments, domains, tmp_path):
                 "mlp.gate", "mlp.up", "mlp.down"))  # fmt: skip
     np.testing.assert_array_equal(found.sizes, sizes)
     np.testing.assert_array_equal(found.costs, np.outer([sizes] * 3, [4, 6]))
+
+
+def test_costs_are_the_bytes_of_the_packed_linears(source, moments):
+    grid = Grid(bits=3, group_size=16)
+    recipes = {
+        "dynamic": chain(GPTQ(groups="dynamic"), grid=grid),
+        "group bits": chain(GroupBits(shares=(0.5,)), GPTQ(), grid=grid),
+    }
+    for recipe in recipes.values():
+        sizes, costs = stored_bits(CONFIG, {3: recipe}, ["blocks.1.mlp.down"])
+        seen = jax.tree.map(lambda leaf: leaf[1], moments["mlp_hidden"])
+        kernel = source.params["blocks"]["mlp"]["down"]["kernel"][1]
+        packed = recipe(Problem.of(kernel, seen, grid)).pack()
+        assert sizes == kernel.size
+        # Where no groups mix their order is not stored.
+        assert 0 <= costs[0, 0] - 8 * packed.nbytes <= 8 * 4 * 3 * recipe.mixes_groups
 
 
 def test_a_probe_measures_whole_models_by_token(source, moments, domains):
@@ -141,7 +159,7 @@ def test_an_interrupted_table_goes_on(source, moments, domains, table, tmp_path)
         read_sensitivity(tmp_path / "t.json", source)
     done = []
     found = measure_sensitivity(
-        source, GPTQ, moments, domains, tmp_path / "t.json", unit="linear",
+        source, FEEDBACK, moments, domains, tmp_path / "t.json", unit="linear",
         on_cell=lambda *cell: done.append(cell),
     )  # fmt: skip
     assert done[-1] == (42, 42)
@@ -155,11 +173,11 @@ def test_a_table_of_something_else_is_refused(source, moments, domains, table, t
     with pytest.raises(InputError, match="is a table of memory, not of memory; give the model"):
         read_sensitivity(path, other)
     with pytest.raises(InputError, match="was measured with a different model; give the same"):
-        measure_sensitivity(other, GPTQ, moments, domains, path, unit="linear")
+        measure_sensitivity(other, FEEDBACK, moments, domains, path, unit="linear")
     with pytest.raises(InputError, match="was measured with a different recipe;"):
         measure_sensitivity(source, RECIPES, moments, domains, path, unit="linear")
     with pytest.raises(InputError, match="was measured with a different unit"):
-        measure_sensitivity(source, GPTQ, moments, domains, path)
+        measure_sensitivity(source, FEEDBACK, moments, domains, path)
     (tmp_path / "notes.json").write_text('{"a": 1}')
     with pytest.raises(InputError, match=r"notes\.json is no sensitivity table"):
         read_sensitivity(tmp_path / "notes.json", source)

@@ -86,7 +86,10 @@ COLORS = {
 
 def allocated(table: Sensitivity, method: Method, budget: float, draw: int = 0) -> Allocation | None:
     """Bits of every block; `None` where the budget leaves no block a higher width than others."""
-    recipes = {str(bits): named(method.recipe, GRIDS[bits]).to_dict() for bits in table.bits}
+    recipes = {
+        bits: dataclasses.replace(named(method.recipe, GRIDS[bits]), mask="first") for bits in table.bits
+    }
+    recipes = {str(bits): recipe.to_dict() for bits, recipe in recipes.items()}
     table = dataclasses.replace(table, facts={**table.facts, "recipes": recipes})
     found = allocation(table, budget, beta=BETAS.get(method.bits, 0.7))
     if method.bits in ("tasa", "general", "task"):
@@ -121,8 +124,8 @@ def main() -> None:
     table = read_sensitivity(TABLE, bench.source)
     judge = Judge(bench, arguments.items)
     texts = {name: rest for name, (_, _, rest) in parts_of(bench.source, arguments.data).items()}
-    searched = table.facts["calibration"]["shares"]
-    bench.protocol |= {"calibration": table.facts["calibration"], "sensitivity": table.facts["domains"]}
+    searched = table.facts["notes"]["shares"]
+    bench.protocol |= {"shares": searched, "sensitivity": table.facts["domains"]}
     original = {"method": "original", "budget": 16.0, "seed": 0}
     if not bench.has(original):
         params, config = load_params(bench.source), bench.source.config
@@ -178,7 +181,7 @@ def write(bench: Bench) -> None:
                 mean(ratios) if ratios else "",
                 str(len(own)),
             ])  # fmt: skip
-    shares = bench.protocol["calibration"]["shares"]
+    shares = bench.protocol["shares"]
     bench.write_table(
         "SmolLM2-135M scores near zero on GSM8K by exact match, so the primary metrics are the NLL of "
         f"gold solutions and the divergence from the original on their tokens, {len(tokens)} test rows, "

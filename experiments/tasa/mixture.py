@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 from judge import Judge, calibration, parts_of, per_token
-from sensitivity import ITEMS, RESULTS, TABLE
+from sensitivity import RESULTS, TABLE
 from windows import Bench
 
-from jaxquant.allocation import allocation, search_calibration
+from jaxquant.allocation import allocation
 from jaxquant.sensitivity import read_sensitivity
 
 
@@ -38,23 +38,17 @@ def main() -> None:
     bench = Bench(arguments.data, RESULTS / "mixture.json")
     table = read_sensitivity(TABLE, bench.source)
     judge = Judge(bench, items=0)
-    parts = parts_of(bench.source, arguments.data)
-    texts = {name: rest for name, (_, _, rest) in parts.items()}
-    how = table.facts["calibration"]
-    search, _ = search_calibration(
-        bench.source, texts, [measured for _, measured, _ in parts.values()], items=ITEMS,
-        samples=how["samples"], seqlen=how["seqlen"], seed=how["seed"],
-    )  # fmt: skip
-    bench.protocol |= {"calibration": how, "nu": search.nu}
+    texts = {name: rest for name, (_, _, rest) in parts_of(bench.source, arguments.data).items()}
+    search = table.facts["notes"]["search"]
+    bench.protocol |= {"search": search}
     found = allocation(table, arguments.budget)
     facts = {"bits": "".join(map(str, found.bits))}
     for seed in arguments.seeds:
-        for index in range(len(search.shares)):
-            shares = dict(zip(search.names, search.shares[index].tolist(), strict=True))
+        for index, tried in enumerate(search["shares"]):
+            shares = dict(zip(search["names"], tried, strict=True))
             key = {"wikitext2": shares["wikitext2"], "budget": arguments.budget, "seed": seed}
-            terms = {
-                name: float(getattr(search, name)[index]) for name in ("alignment", "diversity", "objective")
-            }
+            terms = {name: search[name][index] for name in ("alignment", "diversity")}
+            terms["objective"] = terms["alignment"] + search["nu"] * terms["diversity"]
 
             def also(params: Any, config: Any, terms: dict = terms) -> dict:
                 return {**facts, **terms, **judge(params, config)}

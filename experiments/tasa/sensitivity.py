@@ -105,11 +105,11 @@ def repeats(values: np.ndarray, stderr: np.ndarray) -> float:
 
 
 def write(table: Sensitivity, rows: list[dict]) -> None:
-    facts = {key: table.facts[key] for key in ("model", "domains", "calibration")}
+    facts = {key: table.facts[key] for key in ("model", "domains", "calibration", "notes")}
     spent = json.loads((RESULTS / "seconds.json").read_text())
     report = {**facts, "versions": versions(), "measurement": spent, "rows": rows}
     (RESULTS / "rankings.json").write_text(json.dumps(report, indent=1) + "\n")
-    shares = ", ".join(f"{share:.0%} {name}" for name, share in facts["calibration"]["shares"].items())
+    shares = ", ".join(f"{share:.0%} {name}" for name, share in facts["notes"]["shares"].items())
     lines = []
     for row in rows:
         repeat = [f"{row['repeats'][name]:.2f}" if "repeats" in row else "" for name in table.kl]

@@ -100,6 +100,9 @@ def allocate(
                 samples=samples,
                 seqlen=seqlen,
                 seed=seed,
+                budget=bits,
+                beta=beta,
+                metric=metric,
                 on_cell=progress,
             )
     else:

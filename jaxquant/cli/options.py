@@ -107,6 +107,6 @@ def resumable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         command = [argument for argument in sys.argv[1:] if argument != "--resume"]
-        flag = [] if command[:1] == ["demo"] else ["--resume"]
+        flag = [] if command[:1] in (["demo"], ["allocate"]) else ["--resume"]
         print(f"interrupted; go on with: {shlex.join(['jaxquant', *command, *flag])}", file=sys.stderr)
         raise

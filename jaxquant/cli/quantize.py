@@ -62,7 +62,9 @@ def quantize(
     ] = False,
     calibration: Annotated[
         list[str] | None,
-        typer.Option("--calibration", help="Text file, - for stdin, corpus, or hub:NAME; repeatable."),
+        typer.Option(
+            "--calibration", help="Text file, - for stdin, corpus, hub:NAME, or TASK=FILE; repeatable."
+        ),
     ] = None,
     mix: Annotated[
         str | None, typer.Option("--mix", metavar="A,B,...", help="Shares of the texts; default equal.")

@@ -23,6 +23,11 @@ from jaxquant.models import decoder
 from jaxquant.models.config import ModelConfig
 
 
+def gold_tokens(item: Item, tokenizer: Tokenizer, config: ModelConfig) -> tuple[list[int], list[int]]:
+    """Tokens of a question and of its right answer; see `continuations.encode_pair`."""
+    return encode_pair(tokenizer, config, item.contexts[item.gold], item.continuations[item.gold])
+
+
 @dataclasses.dataclass(frozen=True)
 class Domain:
     """Texts that a loss is measured on.
@@ -51,10 +56,7 @@ class Domain:
         Raises:
           InputError: no item is short enough.
         """
-        pairs = [
-            encode_pair(tokenizer, config, item.contexts[item.gold], item.continuations[item.gold])
-            for item in items
-        ]
+        pairs = [gold_tokens(item, tokenizer, config) for item in items]
         pairs = [(head, tail) for head, tail in pairs if len(head) + len(tail) <= longest]
         if not pairs:
             raise InputError(f"none of {len(items)} items has at most {longest} tokens; give shorter ones")
@@ -110,7 +112,7 @@ class Probe:
     def by_token(
         self, params: dict[str, Any], config: ModelConfig, changed: Any, state: np.ndarray, index: int
     ) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
-        """Growth of the NLL and `KL(original || changed)` of every scored token, in nats.
+        """Growth of the NLL and `KL(original || changed)` of every scored token, in nats, to rounding.
 
         Of a model that is quantized throughout, give its own `params`, its first block, what `embed_all`
         gives, and index 0; its head must be the original's.
@@ -151,7 +153,8 @@ class Probe:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _final_hidden(params: Any, config: ModelConfig, tokens: jax.Array) -> Any:
-    return decoder.final_hidden(params, config, tokens)
+    with jax.default_matmul_precision("highest"):
+        return decoder.final_hidden(params, config, tokens)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -166,7 +169,8 @@ def _answers(head: dict[str, Any], config: ModelConfig, hidden: jax.Array) -> tu
         mean = jnp.matmul(p.astype(table.dtype), table, precision="highest")
         return mean, lse - jnp.sum(p * scores, axis=-1), lse
 
-    return over_tokens(answer, config.vocab_size, hidden)
+    with jax.default_matmul_precision("highest"):
+        return over_tokens(answer, config.vocab_size, hidden)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -183,13 +187,15 @@ def _losses(
         flag = jnp.asarray(flags)[i] if mixed else flags[0]
         return decoder.block(own, config, x, sliding=flag)[0]
 
-    x = jax.lax.fori_loop(index, config.num_layers, step, x)
-    hidden = decoder.rms_norm(x, params["norm"], config)[text, place]
     head = head_only(params, config)
 
     def score(hidden: jax.Array) -> jax.Array:
         return jax.nn.logsumexp(decoder.logits(head, config, hidden), axis=-1)
 
-    lse = over_tokens(score, config.vocab_size, hidden)
+    # Differences of large numbers follow: nothing may be rounded more than in the pass through the original.
+    with jax.default_matmul_precision("highest"):
+        x = jax.lax.fori_loop(index, config.num_layers, step, x)
+        hidden = decoder.rms_norm(x, params["norm"], config)[text, place]
+        lse = over_tokens(score, config.vocab_size, hidden)
     nll, cross = (lse - jnp.sum(hidden * row, axis=-1) for row in (target, mean))
     return nll, cross - entropy

@@ -1,7 +1,7 @@
 """What a model can do: multiple choice, the last word of a passage, grade-school mathematics.
 
-Prompts and scoring are those of lm-evaluation-harness (`task_data` has the prompts). TASA (arXiv 2607.00908)
-allocates bits by such tasks.
+Prompts and scoring are those of lm-evaluation-harness (`task_data` has the prompts), except that `acc_norm`
+divides by bytes, where the harness counts characters. TASA (arXiv 2607.00908) allocates bits by such tasks.
 """
 
 from __future__ import annotations

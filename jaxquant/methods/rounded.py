@@ -6,9 +6,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxquant.quant import Grid, MixedQArray, Packed, QArray
+from jaxquant.quant.mixed import grid_at
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +62,10 @@ class Rounded:
     def pack(self) -> Packed:
         """The packed weight; with `group_bits` of one matrix, and not under `jit`."""
         if self.group_bits is not None:
+            widths = np.unique(np.asarray(self.group_bits))
+            if len(widths) == 1:
+                grid = grid_at(self.grid, int(widths[0]))
+                return QArray.from_codes(self.codes, self.scale, self.zero, grid)
             return MixedQArray.from_codes(self.codes, self.scale, self.zero, self.grid, self.group_bits)
         return QArray.from_codes(self.codes, self.scale, self.zero, self.grid, order=self.order)
 

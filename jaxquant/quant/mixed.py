@@ -152,6 +152,9 @@ class QStack:
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
+    # numpy arrays on the left of `@` must hand over to `__rmatmul__`.
+    __array_ufunc__ = None
+
     parts: tuple[Any, ...]
     place: Int[Array, " pair"]
 
@@ -194,12 +197,15 @@ def neighbors(grid: Grid) -> tuple[int, ...]:
 def fit(
     grid: Grid, w: Float[Array, "in out"], group_bits: Int[Array, " groups"] | None
 ) -> tuple[Float[Array, "groups out"], Float[Array, "groups out"] | None]:
-    """`grid.fit(w)`, each group with its own bits out of `neighbors(grid)`; `None`: all with `grid.bits`."""
+    """`grid.fit(w)`, each group with its own bits; `None`: all with `grid.bits`.
+
+    NaN where a group has other bits than `neighbors(grid)` names.
+    """
     if group_bits is None:
         return grid.fit(w)
     fits = [(bits, *grid_at(grid, bits).fit(w)) for bits in neighbors(grid)]
-    _, scale, zero = fits[0]
-    for bits, own_scale, own_zero in fits[1:]:
+    scale = zero = jnp.full_like(fits[0][1], jnp.nan)
+    for bits, own_scale, own_zero in fits:
         chosen = (group_bits == bits)[:, None]
         scale = jnp.where(chosen, own_scale, scale)
         zero = jnp.where(chosen, own_zero, zero)  # pyright: ignore[reportArgumentType]

@@ -49,7 +49,7 @@ def _headline(found: Allocation, result: dict[str, Any]) -> str:
             f"bits per weight of a budget of {result['budget']:g}, scales included",
         ),
         *(
-            (f"{loss:#.3g}", f"nats of KL a token on {name}, if losses add up")
+            (f"{loss:#.3g}", f"nats of {result['metric'].upper()} a token on {name}, if losses add up")
             for name, loss in result["predicted"].items()
         ),
     ]
@@ -68,8 +68,7 @@ def _headline(found: Allocation, result: dict[str, Any]) -> str:
 
 def _facts(found: Allocation, result: dict[str, Any]) -> str:
     facts = found.table.facts
-    calibration = facts["calibration"]
-    windows = f"{calibration['samples']} windows of {calibration['seqlen']} tokens of each text"
+    windows = f"{result['samples']} windows of {result['seqlen']} tokens of each text"
     return frame.definitions(
         [
             ("Recipe", result["recipe"]),
@@ -82,7 +81,7 @@ def _facts(found: Allocation, result: dict[str, Any]) -> str:
                 )
                 for name, own in facts["domains"].items()
             ),
-            ("Calibration", f"{windows}, seed {calibration['seed']}"),
+            ("Calibration", f"{windows}, seed {result['seed']}"),
             *((f"{bits} bits", str(recipe)) for bits, recipe in found.recipes.items()),
         ]
     )

@@ -86,7 +86,7 @@ def print_allocation(result: dict[str, Any]) -> None:
     for bits, units in sorted(by_bits.items()):
         print(f"  {bits} bits: {' '.join(units)}")
     for name, loss in result["predicted"].items():
-        print(f"  KL on {name}, if losses add up: {loss:.4f} nats per token")
+        print(f"  {result['metric']} on {name}, if losses add up: {loss:.4f} nats per token")
     if "tau" in result:
         tau = result["tau"]
         print(
@@ -94,12 +94,18 @@ def print_allocation(result: dict[str, Any]) -> None:
             f"({tau['low']:.2f} to {tau['high']:.2f})"
         )
     used = {name: share for name, share in result["shares"].items() if share}
-    texts = " ".join(f"--calibration {shlex.quote(result['texts'][name])}" for name in used)
-    mix = f" --mix {','.join(f'{share:g}' for share in used.values())}" if len(used) > 1 else ""
-    print(f"{result['recipe']} is written, pictures in {result['page']}. Next:")
-    print(
-        f"  jaxquant quantize {shlex.quote(result['model'])} --recipe {result['recipe']} {texts}{mix} --out q"
+    specs = (
+        f"{name}={result['texts'][name]}" if name in result["tasks"] else result["texts"][name]
+        for name in used
     )
+    words = [f"--calibration {shlex.quote(spec)}" for spec in specs]
+    words += [f"--mix {','.join(f'{share:g}' for share in used.values())}"] if len(used) > 1 else []
+    words.append(
+        f"--samples {result['samples'] * len(used)} --seqlen {result['seqlen']} --seed {result['seed']}"
+    )
+    print(f"{result['recipe']} is written, and pictured in {result['page']}. Next:")
+    model, recipe = shlex.quote(result["model"]), shlex.quote(result["recipe"])
+    print(f"  jaxquant quantize {model} --recipe {recipe} {' '.join(words)} --out q")
 
 
 def print_smoothness(result: dict[str, Any]) -> None:

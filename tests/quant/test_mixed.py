@@ -86,6 +86,12 @@ def test_stacks_of_equal_counts_vmap():
     np.testing.assert_array_equal(stack.dequantize(), [layer.dequantize() for layer in layers])
 
 
+def test_unknown_bits_are_not_numbers():
+    scale, _ = fit(GRID, weight(), jnp.asarray([3, 3, 6, 3, 3, 3]))
+    assert np.isnan(np.asarray(scale[2])).all()
+    assert np.isfinite(np.asarray(scale)[[0, 1, 3, 4, 5]]).all()
+
+
 def test_wrong_use():
     packed = mixed(weight())
     with pytest.raises(ValueError, match="x has 95 features, the weight 96 inputs"):

@@ -23,7 +23,7 @@ SOURCE = MemorySource({"embed": jnp.zeros((64, 32))})
 SOURCE.name = "<b>memory</b>"
 
 
-def write_table(path, unit, *, tasks=("gsm8k",), kl=None):
+def write_table(path, unit, *, kl=None):
     rng = np.random.default_rng(0)
 
     def cell(bits):
@@ -37,8 +37,12 @@ def write_table(path, unit, *, tasks=("gsm8k",), kl=None):
         "domains": {name: {"texts": 64, "scored": 7421} for name in ("gsm8k", "wiki & co")},
         "unit": unit,
         "calibration": {
-            "texts": {"gsm8k": "train.jsonl", "wiki & co": "wiki.raw"}, "tasks": list(tasks),
-            "shares": {"gsm8k": 0.25, "wiki & co": 0.75}, "samples": 16, "seqlen": 512, "seed": 7,
+            "tasks": ["gsm8k"], "seed": 7,
+            **{name: {"samples": 16, "seqlen": 512} for name in ("gsm8k", "wiki & co")},
+        },
+        "notes": {
+            "texts": {"gsm8k": "train.jsonl", "wiki & co": "wiki.raw"},
+            "shares": {"gsm8k": 0.25, "wiki & co": 0.75},
         },
         "cells": {
             name: {str(b): {domain: cell(b) for domain in ("gsm8k", "wiki & co")} for b in WIDTHS}
@@ -153,11 +157,11 @@ def test_bars_are_proportional_and_cells_are_labelled(made):
 
 
 def test_what_cannot_be_drawn_or_ranked_is_left_out(tmp_path):
-    """No task, so no tau; a KL below 0, which rounding can leave, has no place on a log scale."""
-    path = write_table(tmp_path / "t.json", "block", tasks=(), kl=-1e-9)
+    """No tau where a text cannot tell blocks apart; a KL below 0, by rounding, is on no log scale."""
+    path = write_table(tmp_path / "t.json", "block", kl=-1e-9)
     content = json.loads(path.read_text())
     content["cells"]["blocks.1"]["2"]["gsm8k"]["kl"] = 0.5
-    content["calibration"]["shares"] = {"gsm8k": 0.0, "wiki & co": 1.0}
+    content["notes"]["shares"] = {"gsm8k": 0.0, "wiki & co": 1.0}
     path.write_text(json.dumps(content))
     result = write_recipe(SOURCE, path, tmp_path / "t.toml", budget=5, beta=0.7, metric="kl")
     page = (tmp_path / "t.html").read_text(encoding="utf-8")
@@ -171,4 +175,6 @@ def test_what_cannot_be_drawn_or_ranked_is_left_out(tmp_path):
 
 def test_terminal_names_the_page(made, capsys):
     terminal.print_allocation(made[0])
-    assert f"pictures in {made[0]['page']}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"pictured in {made[0]['page']}" in out
+    assert "--calibration gsm8k=train.jsonl --calibration wiki.raw --mix 0.25,0.75 --samples 32" in out
