@@ -84,6 +84,8 @@ def mixed_windows(
       UsageError: a share is less than a window.
     """
     check_seqlen(seqlen, source.config)
+    if len(texts) == 1:
+        return calibration_windows(source, next(iter(texts)), samples=samples, seqlen=seqlen, seed=seed)
     shares = np.asarray(list(texts.values()))
     # Rounded so that the counts add up.
     counts = np.diff(np.round(samples * np.cumsum(shares) / shares.sum()).astype(int), prepend=0)
@@ -92,8 +94,6 @@ def mixed_windows(
             f"{list(texts)[int(counts.argmin())]}: its share of {samples} windows is less than one; give "
             "it a larger share, or take more windows"
         )
-    if len(texts) == 1:
-        return calibration_windows(source, next(iter(texts)), samples=samples, seqlen=seqlen, seed=seed)
     parts = [
         calibration_windows(source, text, samples=int(count), seqlen=seqlen, seed=seed)
         for text, count in zip(texts, counts, strict=True)

@@ -323,13 +323,15 @@ def test_bits_by_group_are_saved_reloaded_and_counted(params, tokens, tmp_path):
     for row in rows:
         count = groups.get(row["linear"], 4)
         assert row["bits"] == 3
-        assert row["widths"] in ({"3": count}, {"2": 1, "3": count - 2, "4": 1})
-        assert row["bytes"] == np.prod(row["shape"]) * (3 + 32 / 8) / 8 + 4 * count
-    assert sum("2" in row["widths"] for row in rows) > 3
+        mixed = "widths" in row  # else no swap paid
+        assert row.get("widths", {}) == ({"2": 1, "3": count - 2, "4": 1} if mixed else {})
+        assert row["bytes"] == np.prod(row["shape"]) * (3 + 32 / 8) / 8 + 4 * count * mixed
+    assert sum("widths" in row for row in rows) > 3
     assert pictures["histograms"]
-    assert plan(CONFIG, recipe, samples=4, seqlen=24).effective_bits == pytest.approx(
-        summary["effective_bits"]
-    )
+    # The plan cannot know where swaps will pay: it counts an order of groups everywhere.
+    at_most = plan(CONFIG, recipe, samples=4, seqlen=24).effective_bits
+    per_weight = [32 * groups.get(row["linear"], 4) / np.prod(row["shape"]) for row in rows]
+    assert summary["effective_bits"] <= at_most <= summary["effective_bits"] + max(per_weight)
     loaded, config = checkpoint.load_checkpoint(tmp_path / "q")
     moments = observe(jax.random.normal(jax.random.key(3), (64, 48)))
     own = recipe.at("blocks.1.mlp.down")
