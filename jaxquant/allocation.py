@@ -38,6 +38,7 @@ from jaxquant.sensitivity import (
     table_facts,
     units_of,
 )
+from jaxquant.texts import solved
 
 #: Loss whose increase counts.
 Metric = Literal["kl", "nll"]
@@ -77,10 +78,7 @@ class Texts:
                     "fewer --items"
                 )
             domain = Domain.of_items(rows[:items], source.tokenizer(), source.config, longest=_LONGEST)
-            measured, rest = (
-                "\n\n".join(row.solved for row in part) for part in (rows[:items], rows[items:])
-            )
-            return domain, measured, rest
+            return domain, solved(rows[:items]), solved(rows[items:])
         text = read_text(self.source)
         # Whole lines, about half of the text at most.
         cut = text.rfind("\n", 0, len(text) // 2) + 1 or len(text) // 2
@@ -187,7 +185,7 @@ def measure(
         "tasks": [text.name for text in texts if text.task],
         "items": items,
         "seed": seed,
-        **{name: token_facts(tokens, {}) for name, tokens in calibration.items()},
+        "windows": {name: token_facts(tokens, {}) for name, tokens in calibration.items()},
     }
     facts = table_facts(source, recipes, domains, unit, describe)
     stored = begun_table(path, facts)
@@ -240,8 +238,7 @@ def allocation(table: Sensitivity, budget: float, *, beta: float = 0.7, metric: 
     Raises:
       UsageError: no allocation meets the budget, `beta` is out of range, or an unknown `metric`.
     """
-    if metric not in get_args(Metric):
-        raise UsageError(f"unknown metric {metric!r}; use {' or '.join(get_args(Metric))}")
+    _check_metric(metric)
     losses = getattr(table, metric)
     task = tuple(name for name in losses if name in table.facts["calibration"]["tasks"])
     general = tuple(name for name in losses if name not in task)
@@ -317,7 +314,7 @@ def write_recipe(
         "predicted": {name: found.predicted(metric, name) for name in found.table.kl},  # pyright: ignore[reportArgumentType]
         "texts": notes["texts"],
         "shares": notes["shares"],
-        **{key: calibration[found.task[0]][key] for key in ("samples", "seqlen")},
+        **{key: calibration["windows"][found.task[0]][key] for key in ("samples", "seqlen")},
         "seed": calibration["seed"],
     }
     losses = getattr(found.table, metric)
@@ -334,10 +331,12 @@ def _check(
     config: ModelConfig, recipes: Mapping[int, Recipe], unit: str, budget: float, *, beta: float, metric: str
 ) -> None:
     """Refuses before an hour of measurement what would be refused behind it."""
-    if unit not in get_args(Unit):
-        raise UsageError(f"unknown unit {unit!r}; use {' or '.join(get_args(Unit))}")
-    if metric not in get_args(Metric):
-        raise UsageError(f"unknown metric {metric!r}; use {' or '.join(get_args(Metric))}")
+    _check_metric(metric)
     sizes, costs = stored_bits(config, recipes, units_of(config, unit))  # pyright: ignore[reportArgumentType]
     even = np.ones(costs.shape)
     allocate(aggregate(even, even, beta=beta), costs, sizes, budget)
+
+
+def _check_metric(metric: str) -> None:
+    if metric not in get_args(Metric):
+        raise UsageError(f"unknown metric {metric!r}; use {' or '.join(get_args(Metric))}")

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.calibrate.text import eval_windows, read_text, windows
+from jaxquant.calibrate.text import eval_windows, read_text
 from jaxquant.errors import InputError, UsageError
 from jaxquant.evaluate import divergence, evaluate_task, perplexity
 from jaxquant.evaluate import generate as continue_tokens
-from jaxquant.evaluate.task_data import TASKS, load_items
+from jaxquant.evaluate.task_data import load_items
 from jaxquant.io import LoadedModel, checkpoint, load_model
 from jaxquant.io.source import Source
 from jaxquant.models.config import ModelConfig
@@ -26,6 +26,7 @@ from jaxquant.recipe import Recipe
 from jaxquant.records import Event, read_rows
 from jaxquant.report import write_report
 from jaxquant.smoothness import Tree, smoothness_comparison
+from jaxquant.texts import check_seqlen
 from jaxquant.train import Training, train_model
 from jaxquant.train.loop import METRICS
 
@@ -37,17 +38,6 @@ _EVALUATION, _SMOOTHNESS = "evaluation.json", "smoothness.json"
 _DRAWN = 24
 # Tokens before the trees.
 _PROMPT = 64
-
-
-def calibration_windows(source: Source, text: str, *, samples: int, seqlen: int, seed: int) -> np.ndarray:
-    """Calibration windows int32 `[samples, seqlen]` from what `text` names, checked against the model.
-
-    `text` is as in `read_text`, or `TASK=FILE`: rows of a task with their answers.
-    """
-    check_seqlen(seqlen, source.config)
-    return windows(
-        _text_of(text), source.tokenizer(), source.config, samples=samples, seqlen=seqlen, seed=seed
-    )
 
 
 def quantize(
@@ -68,45 +58,6 @@ def quantize(
     checkpoint.write_text(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     report(folder)
     return summary
-
-
-def mixed_windows(
-    source: Source, texts: Mapping[str, float], *, samples: int, seqlen: int, seed: int
-) -> np.ndarray:
-    """Windows int32 `[samples, seqlen]` of several texts, in random order.
-
-    Args:
-      source: the model whose tokens they are.
-      texts: what `read_text` takes, and the share of windows that each has, relative to the others.
-      samples, seqlen, seed: see `calibrate.text.windows`.
-
-    Raises:
-      UsageError: a share is less than a window.
-    """
-    check_seqlen(seqlen, source.config)
-    if len(texts) == 1:
-        return calibration_windows(source, next(iter(texts)), samples=samples, seqlen=seqlen, seed=seed)
-    shares = np.asarray(list(texts.values()))
-    # Rounded so that the counts add up.
-    counts = np.diff(np.round(samples * np.cumsum(shares) / shares.sum()).astype(int), prepend=0)
-    if not counts.all():
-        raise UsageError(
-            f"{list(texts)[int(counts.argmin())]}: its share of {samples} windows is less than one; give "
-            "it a larger share, or take more windows"
-        )
-    parts = [
-        calibration_windows(source, text, samples=int(count), seqlen=seqlen, seed=seed)
-        for text, count in zip(texts, counts, strict=True)
-    ]
-    return np.random.default_rng(seed).permutation(np.concatenate(parts))
-
-
-def text_words(texts: Mapping[str, float]) -> str:
-    """Texts, with their shares where these differ."""
-    total = sum(texts.values())
-    if len(set(texts.values())) == 1:
-        return ", ".join(texts)
-    return ", ".join(f"{share / total:.2g} {text}" for text, share in texts.items())
 
 
 def train(
@@ -362,12 +313,6 @@ def inspect(folder: Path) -> dict[str, Any]:
     }
 
 
-def check_seqlen(seqlen: int, config: ModelConfig) -> None:
-    """`UsageError` unless windows of `seqlen` tokens fit into the model's context."""
-    if not 2 <= seqlen <= config.max_position:
-        raise UsageError(f"--seqlen {seqlen}: this model takes 2 to {config.max_position} tokens")
-
-
 def _drawn(tree: Tree, other: Tree, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
     """The most probable nodes of `tree`: parents come before their children, and are there."""
     likely = sorted(tree.nodes, key=lambda path: (-tree.nodes[path], len(path)))[:_DRAWN]
@@ -384,13 +329,6 @@ def _drawn(tree: Tree, other: Tree, decode: Callable[[list[int]], str]) -> list[
 
 def _grid_words(recipe: Recipe) -> str:
     return "weights in 16 bits" if recipe.keeps else str(recipe.grid)
-
-
-def _text_of(spec: str) -> str:
-    task, _, file = spec.partition("=")
-    if task in TASKS and file:
-        return "\n\n".join(item.solved for item in load_items(task, file))
-    return read_text(spec)
 
 
 def _keep(path: Path, result: dict[str, Any]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from jaxtyping import Array
 
 from jaxquant.calibrate.moments import Moments
+from jaxquant.errors import UsageError
 from jaxquant.methods import Problem, Rounded
+from jaxquant.options import build
 from jaxquant.quant import Grid
 
 #: Registered stages by the name that files use.
@@ -17,9 +20,26 @@ _S = TypeVar("_S", bound="type[Stage]")
 
 
 class Stage:
-    """Base of all stages; `name` is the one that files use."""
+    """Base of all stages, frozen dataclasses of their options; `name` is the one that files use."""
 
     name: ClassVar[str] = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `stage_from_dict` inverts it.
+
+        Raises:
+          UsageError: the class is not registered.
+        """
+        if not self.name:
+            raise UsageError(
+                f"{type(self).__name__} cannot be saved; decorate the class with @register(name)"
+            )
+        return {"stage": self.name, **dataclasses.asdict(self)}  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Stage:
+        """The stage with the options that `to_dict` wrote; missing ones keep their defaults."""
+        return build(cls, cls.name, options)
 
 
 class Transform(Stage):
@@ -82,3 +102,23 @@ def register(name: str) -> Callable[[_S], _S]:
         return stage
 
     return add
+
+
+def stage_from_dict(fields: Mapping[str, Any]) -> Stage:
+    """The stage that `to_dict` wrote.
+
+    Raises:
+      UsageError: an unknown stage or option, or one is missing.
+    """
+    options = dict(fields)
+    name = options.pop("stage", None)
+    if name not in STAGES:
+        raise UsageError(f"unknown stage {name!r}; there are {', '.join(sorted(STAGES))}")
+    return STAGES[name].from_options(options)
+
+
+def required(fields: Mapping[str, Any], key: str, name: str) -> Any:
+    """`fields[key]`; `UsageError` where it is missing from what `name` has."""
+    if key not in fields:
+        raise UsageError(f"{name}: {key} is missing")
+    return fields[key]

@@ -22,7 +22,17 @@ import jax.numpy as jnp
 
 from jaxquant.calibrate.moments import Mask
 from jaxquant.errors import UsageError
-from jaxquant.kinds import STAGES, Finish, Fold, Refinement, Rounding, Stage, Transform, register
+from jaxquant.kinds import (
+    Finish,
+    Fold,
+    Refinement,
+    Rounding,
+    Stage,
+    Transform,
+    register,
+    required,
+    stage_from_dict,
+)
 from jaxquant.methods import Problem, Rounded, layer_error
 from jaxquant.models.config import EXACT, ModelConfig, Precision
 from jaxquant.options import build, read_table, table_text
@@ -43,6 +53,16 @@ class Masked(Stage):
 
     stage: Stage
     pattern: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Stage`."""
+        return {"stage": self.name, "pattern": self.pattern, "of": self.stage.to_dict()}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Masked:
+        """See `Stage`."""
+        stage = stage_from_dict(required(options, "of", cls.name))
+        return masked(stage, required(options, "pattern", cls.name))
 
     def __str__(self) -> str:
         return f"{self.stage} where {self.pattern}"
@@ -249,7 +269,7 @@ class Recipe:
         """Plain JSON types; `from_dict` inverts it."""
         return {
             "grid": self.grid.to_dict(),
-            "stages": [_stage_to_dict(stage) for stage in self.stages],
+            "stages": [stage.to_dict() for stage in self.stages],
             "precision": self.precision.to_dict(),
             "true_sequential": self.true_sequential,
             "hessian": self.hessian,
@@ -269,11 +289,11 @@ class Recipe:
             raise UsageError(f"unknown recipe fields {', '.join(sorted(unknown))}")
         return cls(
             grid=build(Grid, "grid", fields.get("grid", {})),
-            stages=tuple(_stage_from_dict(stage) for stage in fields.get("stages", ())),
+            stages=tuple(stage_from_dict(stage) for stage in fields.get("stages", ())),
             precision=Precision.from_dict(fields.get("precision", {})),
             **{name: fields[name] for name in ("true_sequential", "hessian", "mask") if name in fields},
             rules=tuple(
-                (_required(r, "pattern", "rule"), cls.from_dict(_required(r, "recipe", "rule")))
+                (required(r, "pattern", "rule"), cls.from_dict(required(r, "recipe", "rule")))
                 for r in fields.get("rules", ())
             ),
         )
@@ -379,33 +399,3 @@ def _check_pattern(pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
-
-
-def _stage_to_dict(stage: Stage) -> dict[str, Any]:
-    if not stage.name:
-        raise UsageError(f"{type(stage).__name__} cannot be saved; decorate the class with @register(name)")
-    if isinstance(stage, Masked):
-        return {"stage": stage.name, "pattern": stage.pattern, "of": _stage_to_dict(stage.stage)}
-    if isinstance(stage, Best):
-        candidates = [_stage_to_dict(candidate) for candidate in stage.candidates]
-        return {"stage": stage.name, "columns": stage.columns, "candidates": candidates}
-    return {"stage": stage.name, **dataclasses.asdict(stage)}  # pyright: ignore[reportArgumentType]
-
-
-def _stage_from_dict(fields: Mapping[str, Any]) -> Stage:
-    options = dict(fields)
-    name = options.pop("stage", None)
-    if name not in STAGES:
-        raise UsageError(f"unknown stage {name!r}; there are {', '.join(sorted(STAGES))}")
-    if name == Masked.name:
-        return masked(_stage_from_dict(_required(options, "of", name)), _required(options, "pattern", name))
-    if name == Best.name:
-        candidates = _required(options, "candidates", name)
-        options["candidates"] = tuple(_stage_from_dict(candidate) for candidate in candidates)
-    return build(STAGES[name], name, options)
-
-
-def _required(fields: Mapping[str, Any], key: str, name: str) -> Any:
-    if key not in fields:
-        raise UsageError(f"{name}: {key} is missing")
-    return fields[key]

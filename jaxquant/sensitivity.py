@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +12,13 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxquant.calibrate.collect import batches, embed_all
+from jaxquant.calibrate.collect import batches, embed_all, pass_block
 from jaxquant.calibrate.moments import Moments
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.evaluate.probe import Domain, Probe
 from jaxquant.io import checkpoint
 from jaxquant.io.source import Source, load_params
 from jaxquant.methods import Problem
-from jaxquant.models import decoder
 from jaxquant.models.config import EXACT, LINEARS, ModelConfig
 from jaxquant.recipe import Recipe
 
@@ -95,8 +93,6 @@ def measure_sensitivity(
       InputError: `path` holds a table of a different model, recipe, calibration or domain.
       NonFiniteError: a loss is NaN or infinite; names unit, bits and domain.
     """
-    if unit not in get_args(Unit):
-        raise UsageError(f"unknown unit {unit!r}; use {' or '.join(get_args(Unit))}")
     if not domains or not recipes:
         raise UsageError("sensitivity needs a domain and a recipe at least")
     for recipe in recipes.values():
@@ -118,9 +114,7 @@ def measure_sensitivity(
     total, done = len(units) * len(recipes), 0
     for index in range(config.num_layers):
         original = jax.tree.map(lambda leaf, i=index: leaf[i], params["blocks"])
-        for name in [
-            name for name in units if name == f"blocks.{index}" or name.startswith(f"blocks.{index}.")
-        ]:
+        for name in (name for name in units if int(name.split(".")[1]) == index):
             for bits, recipe in sorted(recipes.items()):
                 if str(bits) not in cells.setdefault(name, {}):
                     changed = _quantized(original, recipe, moments, index, _paths(name))
@@ -134,7 +128,7 @@ def measure_sensitivity(
             checkpoint.write_text(path, json.dumps({**kept, "cells": cells}, indent=1) + "\n")
         for state in states.values():
             for part in batches(state):
-                state[part] = _through(original, config, state[part], sliding=config.slides(index))
+                state[part] = pass_block(original, config, state[part], sliding=config.slides(index))
     return read_sensitivity(path, source)
 
 
@@ -238,14 +232,15 @@ def stored_bits(
 
 
 def units_of(config: ModelConfig, unit: Unit) -> list[str]:
-    """Paths of the units, in the order of the model."""
+    """Paths of the units, in the order of the model.
+
+    Raises:
+      UsageError: `unit` is neither word.
+    """
+    if unit not in get_args(Unit):
+        raise UsageError(f"unknown unit {unit!r}; use {' or '.join(get_args(Unit))}")
     blocks = [f"blocks.{index}" for index in range(config.num_layers)]
     return blocks if unit == "block" else [f"{block}.{path}" for block in blocks for path in checkpoint.PATHS]
-
-
-@functools.partial(jax.jit, static_argnames=("config", "sliding"))
-def _through(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool) -> jax.Array:
-    return decoder.block(params, config, x, sliding=sliding)[0]
 
 
 def _quantized(

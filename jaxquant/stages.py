@@ -11,7 +11,17 @@ from jaxtyping import Array, Int
 
 from jaxquant.calibrate.moments import Moments, merge
 from jaxquant.errors import UsageError
-from jaxquant.kinds import Finish, Fold, Refinement, Rounding, Stage, Transform, register
+from jaxquant.kinds import (
+    Finish,
+    Fold,
+    Refinement,
+    Rounding,
+    Stage,
+    Transform,
+    register,
+    required,
+    stage_from_dict,
+)
 from jaxquant.methods import (
     Problem,
     Rounded,
@@ -216,6 +226,17 @@ class Best(Stage):
         for number, other in enumerate(weights[1:], start=1):
             weight = jnp.where(choice == number, other, weight)
         return dataclasses.replace(problem, weight=weight, moments=moments), choice
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `Stage`."""
+        candidates = [candidate.to_dict() for candidate in self.candidates]
+        return {"stage": self.name, "columns": self.columns, "candidates": candidates}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Stage:
+        """See `Stage`."""
+        candidates = tuple(map(stage_from_dict, required(options, "candidates", cls.name)))
+        return super().from_options({**options, "candidates": candidates})
 
     def __str__(self) -> str:
         return f"best of (off, {', '.join(map(str, self.candidates))})"

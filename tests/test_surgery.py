@@ -19,7 +19,8 @@ from jaxquant.io import checkpoint, load_params
 from jaxquant.methods import layer_error, quarot
 from jaxquant.models import Precision
 from jaxquant.models.config import LINEARS
-from jaxquant.models.decoder import TAPS, forward, init_params
+from jaxquant.models.decoder import TAPS, forward
+from jaxquant.models.init import init_params
 from jaxquant.named import named
 from jaxquant.pipeline import quantize_model
 from jaxquant.plan import plan

@@ -29,6 +29,7 @@ import jaxquant.io
 from jaxquant.calibrate.text import eval_windows, read_text
 from jaxquant.models import decoder
 from jaxquant.models.families import block_names, from_hf, outer_names
+from jaxquant.models.init import init_params
 
 END = "<|endoftext|>"
 CONFIG = {
@@ -138,7 +139,7 @@ def perplexity(params, config, tokens):
 
 def train(documents, held, tokenizer, config, args):
     """The averaged parameters that were best on `held`, and the history of the run."""
-    params = decoder.init_params(jax.random.key(args.seed), config)
+    params = init_params(jax.random.key(args.seed), config)
     averaged = jax.tree.map(jnp.copy, params)
     tx = optimizer(args)
     state = tx.init(params)

@@ -35,6 +35,12 @@ def embed_all(params: dict[str, Any], config: ModelConfig, tokens: np.ndarray) -
     return np.concatenate(rows).astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "sliding"))
+def pass_block(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool) -> jax.Array:
+    """What leaves one block, `[B, T, d]`, of what enters it."""
+    return block(params, config, x, sliding=sliding)[0]
+
+
 def block_moments(
     params: Any,
     config: ModelConfig,

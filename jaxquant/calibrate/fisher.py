@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.calibrate.collect import batches
+from jaxquant.calibrate.collect import batches, pass_block
 from jaxquant.errors import NonFiniteError
 from jaxquant.evaluate.scoring import head_only, next_token_nll, over_tokens
 from jaxquant.io.source import Source
@@ -127,7 +127,7 @@ def _walk_back(
         inputs = []
         for index in range(config.num_layers):
             inputs.append(np.asarray(x))
-            x = _forward(source.block(index), config, x, sliding=config.slides(index))
+            x = pass_block(source.block(index), config, x, sliding=config.slides(index))
             on_block(done := done + 1, total)
         cotangent = _loss_gradient(outer, config, x, jnp.asarray(tokens[part]))
         for index in reversed(range(config.num_layers)):
@@ -162,11 +162,6 @@ class _Shifted:
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         return jnp.matmul(x, self.kernel.astype(x.dtype)) + self.shift
-
-
-@functools.partial(jax.jit, static_argnames=("config", "sliding"))
-def _forward(params: Any, config: ModelConfig, x: jax.Array, *, sliding: bool) -> jax.Array:
-    return block(params, config, x, sliding=sliding)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "reduce", "sliding"))

@@ -208,11 +208,12 @@ def _quantize(
     from jaxquant.io import checkpoint, open_model
     from jaxquant.plan import plan
     from jaxquant.report import ProgressTable, terminal
+    from jaxquant.texts import mixed_windows, text_words
 
     source = open_model(model)
     if not resume:
         checkpoint.check_new_folder(out)
-    tokens = jobs.mixed_windows(source, texts, samples=samples, seqlen=seqlen, seed=seed)
+    tokens = mixed_windows(source, texts, samples=samples, seqlen=seqlen, seed=seed)
     estimate = plan(source.config, recipe, samples=samples, seqlen=seqlen)
     if as_json:
         print_line({"event": "plan", "recipe": str(recipe), **dataclasses.asdict(estimate)})
@@ -230,7 +231,7 @@ def _quantize(
             recipe,
             tokens,
             out,
-            describe={"text": jobs.text_words(texts), "seed": seed},
+            describe={"text": text_words(texts), "seed": seed},
             resume=resume,
             on_event=on_event,
         )

@@ -85,6 +85,7 @@ def train(
     from jaxquant import jobs
     from jaxquant.io import checkpoint, open_model
     from jaxquant.report import terminal
+    from jaxquant.texts import mixed_windows, text_words
     from jaxquant.train import Training
 
     start: Grid | Path = Path(model).expanduser()
@@ -120,8 +121,8 @@ def train(
         seed=seed,
     )
     texts = mixed_texts("--text", text or ["corpus"], mix)
-    tokens = jobs.mixed_windows(source, texts, samples=steps * batch, seqlen=seqlen, seed=seed)
-    describe = {"text": jobs.text_words(texts), "seed": seed}
+    tokens = mixed_windows(source, texts, samples=steps * batch, seqlen=seqlen, seed=seed)
+    describe = {"text": text_words(texts), "seed": seed}
     show: Any = print_line if as_json else terminal.StepTable()
     with resumable():
         summary = jobs.train(

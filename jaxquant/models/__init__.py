@@ -1,4 +1,4 @@
-"""Decoder-only language models: `config` (static), `families`, `decoder`, `cache`, `modules` (Flax NNX)."""
+"""Decoder-only models: `config` (static), `families`, `decoder`, `cache`, `init`, `modules` (Flax NNX)."""
 
 from jaxquant.models.config import ModelConfig, Precision, Rope
 

@@ -12,7 +12,8 @@ from jaxquant.calibrate import collect
 from jaxquant.calibrate.collect import batches, block_moments, model_moments
 from jaxquant.calibrate.moments import massive_tokens
 from jaxquant.methods import Problem
-from jaxquant.models.decoder import TAPS, block, embed, forward, init_params
+from jaxquant.models.decoder import TAPS, block, embed, forward
+from jaxquant.models.init import init_params
 from jaxquant.named import named
 from jaxquant.quant import Grid
 

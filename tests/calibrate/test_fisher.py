@@ -16,7 +16,7 @@ from jaxquant.calibrate.fisher import fisher_weights, output_moments
 from jaxquant.errors import NonFiniteError
 from jaxquant.evaluate.perplexity import token_nll
 from jaxquant.models.config import LINEARS, Precision
-from jaxquant.models.decoder import init_params
+from jaxquant.models.init import init_params
 from jaxquant.quant import ActivationGrid
 
 

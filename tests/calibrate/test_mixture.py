@@ -29,7 +29,8 @@ from jaxquant.calibrate.mixture import (
 )
 from jaxquant.calibrate.moments import Moments, merge
 from jaxquant.errors import InputError, UsageError
-from jaxquant.models.decoder import TAPS, init_params
+from jaxquant.models.decoder import TAPS
+from jaxquant.models.init import init_params
 
 SEEDS = st.integers(0, 2**31)
 

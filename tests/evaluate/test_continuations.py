@@ -12,7 +12,8 @@ from jaxquant.errors import InputError, NonFiniteError
 from jaxquant.evaluate import continuations as module
 from jaxquant.evaluate.continuations import encode_pair, score_continuations
 from jaxquant.models import ModelConfig, Precision
-from jaxquant.models.decoder import forward, init_params
+from jaxquant.models.decoder import forward
+from jaxquant.models.init import init_params
 from jaxquant.quant import ActivationGrid, Grid, quantize
 
 CONFIG = ModelConfig(

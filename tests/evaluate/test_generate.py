@@ -10,7 +10,8 @@ import pytest
 from jaxquant.errors import InputError, UsageError
 from jaxquant.evaluate import generate
 from jaxquant.models import ModelConfig, Precision
-from jaxquant.models.decoder import forward, init_params
+from jaxquant.models.decoder import forward
+from jaxquant.models.init import init_params
 from jaxquant.quant import ActivationGrid
 
 CONFIG = ModelConfig(

@@ -10,7 +10,8 @@ import pytest
 from jaxquant.errors import InputError, NonFiniteError
 from jaxquant.evaluate import divergence, perplexity, scoring
 from jaxquant.models import ModelConfig
-from jaxquant.models.decoder import forward, init_params
+from jaxquant.models.decoder import forward
+from jaxquant.models.init import init_params
 from jaxquant.quant import Grid, QArray, quantize
 
 CONFIG = ModelConfig(

@@ -15,7 +15,7 @@ from jaxquant.evaluate.continuations import Continuation
 from jaxquant.evaluate.task_data import Item
 from jaxquant.evaluate.tasks import generate_until
 from jaxquant.models import ModelConfig
-from jaxquant.models.decoder import init_params
+from jaxquant.models.init import init_params
 
 CONFIG = ModelConfig(
     family="llama", vocab_size=256, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2,

@@ -14,7 +14,8 @@ from jaxquant.calibrate.moments import observe
 from jaxquant.errors import UsageError
 from jaxquant.methods import awq, awq_scale, layer_error, rtn
 from jaxquant.models import ModelConfig
-from jaxquant.models.decoder import TAPS, block, init_params
+from jaxquant.models.decoder import TAPS, block
+from jaxquant.models.init import init_params
 from jaxquant.quant import Grid
 
 GROUPED = ModelConfig(

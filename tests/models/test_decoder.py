@@ -10,7 +10,8 @@ import pytest
 from jaxquant.errors import InputError
 from jaxquant.models import ModelConfig, Rope
 from jaxquant.models.cache import init_cache
-from jaxquant.models.decoder import TAPS, block, embed, final_hidden, forward, init_params, logits, rms_norm
+from jaxquant.models.decoder import TAPS, block, embed, final_hidden, forward, logits, rms_norm
+from jaxquant.models.init import init_params
 from jaxquant.quant import Grid, QArray, quantize
 
 LLAMA = ModelConfig(

@@ -88,7 +88,7 @@ def test_what_is_not_supported_is_named(fields, match):
 def test_names_cover_the_parameters():
     import jax
 
-    from jaxquant.models.decoder import init_params
+    from jaxquant.models.init import init_params
 
     for raw in (
         LLAMA,

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from jaxquant.models import ModelConfig
-from jaxquant.models.decoder import forward, init_params
+from jaxquant.models.decoder import forward
+from jaxquant.models.init import init_params
 from jaxquant.quant import Grid, QArray, quantize
 
 CONFIG = ModelConfig(

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from jaxquant.models.config import ModelConfig
-from jaxquant.models.decoder import init_params
 from jaxquant.models.families import from_hf
+from jaxquant.models.init import init_params
 
 LENGTH = 24
 

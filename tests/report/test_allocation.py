@@ -38,7 +38,7 @@ def write_table(path, unit, *, kl=None):
         "unit": unit,
         "calibration": {
             "tasks": ["gsm8k"], "seed": 7,
-            **{name: {"samples": 16, "seqlen": 512} for name in ("gsm8k", "wiki & co")},
+            "windows": {name: {"samples": 16, "seqlen": 512} for name in ("gsm8k", "wiki & co")},
         },
         "notes": {
             "texts": {"gsm8k": "train.jsonl", "wiki & co": "wiki.raw"},

@@ -6,7 +6,7 @@ import jax
 import pytest
 from small_model import CONFIG
 
-from jaxquant.models.decoder import init_params
+from jaxquant.models.init import init_params
 from jaxquant.quant import Grid
 from jaxquant.train import latent_params
 

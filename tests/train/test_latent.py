@@ -12,7 +12,8 @@ from small_model import CONFIG
 
 from jaxquant.calibrate.moments import observe
 from jaxquant.methods import Problem
-from jaxquant.models.decoder import forward, init_params
+from jaxquant.models.decoder import forward
+from jaxquant.models.init import init_params
 from jaxquant.named import named
 from jaxquant.quant import Grid, QArray, quantize
 from jaxquant.stages import GPTQ

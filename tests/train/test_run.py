@@ -13,7 +13,8 @@ from small_model import CONFIG, MemorySource
 
 from jaxquant.errors import InputError, UsageError
 from jaxquant.io import checkpoint
-from jaxquant.models.decoder import forward, init_params
+from jaxquant.models.decoder import forward
+from jaxquant.models.init import init_params
 from jaxquant.named import named
 from jaxquant.pipeline import quantize_model
 from jaxquant.quant import Grid, QArray
