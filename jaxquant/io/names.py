@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxquant.cache import cache_dir
 from jaxquant.errors import InputError
 
 
@@ -46,16 +47,6 @@ KNOWN: dict[str, WheelModel | BundledModel] = {
         size="94 MB",
     ),
 }
-
-
-def cache_dir() -> Path:
-    """`JAXQUANT_CACHE`, else `jaxquant` in the user's cache folder (`XDG_CACHE_HOME`, `~/.cache`)."""
-    chosen = os.environ.get("JAXQUANT_CACHE")
-    return (
-        Path(chosen)
-        if chosen
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxquant"
-    )
 
 
 def fetch(name: str) -> Path:

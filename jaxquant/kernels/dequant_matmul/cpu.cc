@@ -1,0 +1,307 @@
+// x [rows, in] times packed words [blocks, words, out]; the layout is that of quant/packing.py.
+//
+// y[m, n] = sum_b scale[g(b), n] (sum_k x[m, k] code[k, n] - zero[g(b), n] sum_k x[m, k]),  k in block b
+//
+// The product is linear in the codes, so every plane of a code is a product of its own and no code is put
+// together. A field is used where it lies in its word: x is multiplied by the power of two that this costs,
+// which is exact.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX2__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRegisters = 32;
+#else
+constexpr int kLanes = 8, kRegisters = 16;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+// Compilers take the conversion of a vector of bytes apart, element by element; that of integers they know.
+inline Ints Load(const uint8_t* bytes) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+#else
+  Ints ints;
+  for (int i = 0; i < kLanes; ++i) ints[i] = bytes[i];
+  return ints;
+#endif
+}
+
+// Columns of a task; also what rows of scratch are padded to: no strip is wider.
+constexpr int64_t kPadding = 64;
+// Products below which another thread costs more than it saves.
+constexpr int64_t kProductsOfTask = 1 << 18;
+
+struct Plane {
+  int bits, shift;
+  int64_t depth;  // rows of words
+};
+
+std::vector<Plane> PlanesOf(int bits, int64_t block) {
+  std::vector<Plane> planes;
+  int shift = 0;
+  for (int width : {8, 4, 2, 1}) {
+    if (bits & width) {
+      planes.push_back({width, shift, (block * width + 7) / 8});
+      shift += width;
+    }
+  }
+  return planes;
+}
+
+struct Problem {
+  const float* x;
+  const uint8_t* words;
+  const void *scale, *zero;
+  bool half;  // scale and zero are float16, else float32
+  float* y;
+  int64_t rows, in, out, blocks, groups, block, block_words, block_fields;
+  std::vector<Plane> planes;
+};
+
+// Rows of x that one pass over the words takes, in the order in which fields come; 0 where a plane is ragged.
+struct Tile {
+  int64_t row;
+  int64_t rows;   // of x
+  int64_t height; // the same with those that are padded
+  std::vector<float> values;  // [blocks, block_fields, height]
+  std::vector<float> sums;    // [blocks, height]
+};
+
+int64_t HeightOf(int64_t rows) { return rows == 1 ? 1 : rows <= 4 ? 4 : 8; }
+
+Tile MakeTile(const Problem& p, int64_t row) {
+  Tile tile{row, std::min<int64_t>(p.rows - row, 8), 0, {}, {}};
+  tile.height = HeightOf(tile.rows);
+  tile.values.assign(p.blocks * p.block_fields * tile.height, 0.f);
+  tile.sums.assign(p.blocks * tile.height, 0.f);
+  float* value = tile.values.data();
+  for (int64_t b = 0; b < p.blocks; ++b) {
+    const float* x = p.x + row * p.in + b * p.block;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      float sum = 0;
+      for (int64_t k = 0; k < p.block; ++k) sum += x[r * p.in + k];
+      tile.sums[b * tile.height + r] = sum;
+    }
+    for (const Plane& plane : p.planes) {
+      for (int64_t d = 0; d < plane.depth; ++d) {
+        for (int field = 0; field < 8 / plane.bits; ++field, value += tile.height) {
+          const int64_t k = d + field * plane.depth;
+          const int exponent = plane.shift - field * plane.bits;
+          const float power = exponent < 0 ? 1.f / (1 << -exponent) : 1 << exponent;
+          if (k >= p.block) continue;
+          for (int64_t r = 0; r < tile.rows; ++r) value[r] = power * x[r * p.in + k];
+        }
+      }
+    }
+  }
+  return tile;
+}
+
+template <int kBits, int kRows, int kVectors>
+inline __attribute__((always_inline)) void AddPlane(const uint8_t* words, int64_t stride, int64_t depth,
+                                                    const float* x, Floats (&sums)[kRows][kVectors]) {
+  constexpr int kFields = 8 / kBits;
+  for (int64_t d = 0; d < depth; ++d, words += stride, x += kFields * kRows) {
+    __builtin_prefetch(words + 4 * kVectors * kLanes);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const Ints word = Load(words + v * kLanes);
+#pragma GCC unroll 8
+      for (int field = 0; field < kFields; ++field) {
+        const int mask = ((1 << kBits) - 1) << (field * kBits);
+        const Floats code = __builtin_convertvector(kBits == 8 ? word : word & mask, Floats);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) sums[r][v] += x[field * kRows + r] * code;
+      }
+    }
+  }
+}
+
+// One block and the columns of one strip: y += scale * (x @ code - zero * sum(x)).
+template <int kRows, int kVectors>
+void AddStrip(const Problem& p, const uint8_t* words, int64_t stride, const float* scale, const float* zero,
+              const float* x, const float* x_sums, float* y, int64_t y_stride) {
+  Floats sums[kRows][kVectors] = {};
+  for (const Plane& plane : p.planes) {
+    switch (plane.bits) {
+      case 1: AddPlane<1>(words, stride, plane.depth, x, sums); break;
+      case 2: AddPlane<2>(words, stride, plane.depth, x, sums); break;
+      case 4: AddPlane<4>(words, stride, plane.depth, x, sums); break;
+      default: AddPlane<8>(words, stride, plane.depth, x, sums);
+    }
+    words += plane.depth * stride;
+    x += plane.depth * (8 / plane.bits) * kRows;
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    Floats s, z, old;
+    std::memcpy(&s, scale + v * kLanes, sizeof(s));
+    std::memcpy(&z, zero + v * kLanes, sizeof(z));
+    for (int r = 0; r < kRows; ++r) {
+      float* place = y + r * y_stride + v * kLanes;
+      std::memcpy(&old, place, sizeof(old));
+      old += s * (sums[r][v] - z * x_sums[r]);
+      std::memcpy(place, &old, sizeof(old));
+    }
+  }
+}
+
+// One block and the columns of a task, of which there are `columns`; scale, zero and y are padded, words not.
+template <int kRows>
+void AddBlock(const Problem& p, const uint8_t* words, int64_t columns, const float* scale, const float* zero,
+              const Tile& tile, int64_t block, float* y, int64_t y_stride, std::vector<uint8_t>& copy) {
+  constexpr int kVectors = kRows == 1 ? 4 : kRegisters / (2 * kRows);
+  constexpr int kStrip = kVectors * kLanes;
+  static_assert(kStrip <= kPadding);
+  const float* x = tile.values.data() + block * p.block_fields * kRows;
+  const float* x_sums = tile.sums.data() + block * kRows;
+  for (int64_t c = 0; c < columns; c += kStrip) {
+    const uint8_t* strip = words + c;
+    int64_t stride = p.out;
+    if (columns - c < kStrip) {
+      copy.assign(p.block_words * kStrip, 0);
+      for (int64_t d = 0; d < p.block_words; ++d)
+        std::memcpy(&copy[d * kStrip], strip + d * stride, columns - c);
+      strip = copy.data();
+      stride = kStrip;
+    }
+    AddStrip<kRows, kVectors>(p, strip, stride, scale + c, zero + c, x, x_sums, y + c, y_stride);
+  }
+}
+
+#if defined(__F16C__)
+using Half = uint16_t;  // compilers of 2021 have no _Float16 for x86
+inline float ToFloat(Half half) { return _cvtsh_ss(half); }
+#else
+using Half = _Float16;
+inline float ToFloat(Half half) { return static_cast<float>(half); }
+#endif
+
+void Widen(const void* source, bool half, int64_t offset, int64_t count, float* target) {
+  if (!half) {
+    std::memcpy(target, static_cast<const float*>(source) + offset, count * sizeof(float));
+    return;
+  }
+  const Half* halves = static_cast<const Half*>(source) + offset;
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8) {
+    const auto* eight = reinterpret_cast<const __m128i*>(halves + i);
+    _mm256_storeu_ps(target + i, _mm256_cvtph_ps(_mm_loadu_si128(eight)));
+  }
+#endif
+  for (; i < count; ++i) target[i] = ToFloat(halves[i]);
+}
+
+// All rows of y, columns first to last.
+void Columns(const Problem& p, const std::vector<Tile>& tiles, int64_t first, int64_t last) {
+  const int64_t columns = last - first;
+  const int64_t width = (columns + kPadding - 1) / kPadding * kPadding;
+  std::vector<float> scale(width), zero(width), y(8 * tiles.size() * width);
+  std::vector<uint8_t> copy;
+  const int64_t blocks_of_group = p.blocks / p.groups;
+  for (int64_t b = 0; b < p.blocks; ++b) {
+    if (b % blocks_of_group == 0) {
+      const int64_t offset = b / blocks_of_group * p.out + first;
+      Widen(p.scale, p.half, offset, columns, scale.data());
+      Widen(p.zero, p.half, offset, columns, zero.data());
+    }
+    const uint8_t* words = p.words + b * p.block_words * p.out + first;
+    for (const Tile& tile : tiles) {
+      auto* add = tile.height == 1 ? AddBlock<1> : tile.height == 4 ? AddBlock<4> : AddBlock<8>;
+      add(p, words, columns, scale.data(), zero.data(), tile, b, &y[tile.row * width], width, copy);
+    }
+  }
+  for (int64_t m = 0; m < p.rows; ++m)
+    std::memcpy(p.y + m * p.out + first, &y[m * width], columns * sizeof(float));
+}
+
+// Threads take tasks until none is left. The caller takes part and waits for none that has not begun: the
+// threads of XLA's pool may all be callers.
+struct Tasks {
+  int64_t count;
+  std::atomic<int64_t> next{0}, done{0};
+
+  template <typename F>
+  void Work(const F& task) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      task(i);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+};
+
+ffi::Error DequantMatmul(ffi::ThreadPool pool, int64_t bits, ffi::Buffer<ffi::F32> x,
+                         ffi::Buffer<ffi::U8> words, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
+                         ffi::ResultBuffer<ffi::F32> y) {
+  Problem p;
+  p.x = x.typed_data();
+  p.words = words.typed_data();
+  p.scale = scale.untyped_data();
+  p.zero = zero.untyped_data();
+  p.half = scale.element_type() == ffi::F16;
+  p.y = y->typed_data();
+  p.rows = x.dimensions()[0];
+  p.in = x.dimensions()[1];
+  p.blocks = words.dimensions()[0];
+  p.block_words = words.dimensions()[1];
+  p.out = words.dimensions()[2];
+  p.groups = scale.dimensions()[0];
+  p.block = p.in / p.blocks;
+  p.planes = PlanesOf(static_cast<int>(bits), p.block);
+  p.block_fields = 0;
+  for (const Plane& plane : p.planes) p.block_fields += plane.depth * (8 / plane.bits);
+
+  std::vector<Tile> tiles;
+  for (int64_t row = 0; row < p.rows; row += 8) tiles.push_back(MakeTile(p, row));
+
+  const int64_t strips = (p.out + kPadding - 1) / kPadding;
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t worthwhile = std::max<int64_t>(1, p.rows * p.in * p.out / kProductsOfTask);
+  // More tasks than threads, so that one that is interrupted does not hold up the others.
+  const int64_t count = std::min({strips, worthwhile, threads == 1 ? 1 : 4 * threads});
+  auto task = [&](int64_t i) {
+    const int64_t first = i * strips / count * kPadding, last = (i + 1) * strips / count * kPadding;
+    Columns(p, tiles, first, std::min(last, p.out));
+  };
+  auto tasks = std::make_shared<Tasks>();
+  tasks->count = count;
+  for (int64_t i = 1; i < std::min(threads, count); ++i) {
+    // `task` is only used by those who got one, and for these the caller waits.
+    pool.Schedule([tasks, &task] { tasks->Work(task); });
+  }
+  tasks->Work(task);
+  while (tasks->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxquantDequantMatmul, DequantMatmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("bits")
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());

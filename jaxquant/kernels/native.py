@@ -1,0 +1,78 @@
+"""C++ kernels for the CPU: built with the system's compiler on first use, kept in the cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jaxlib
+
+from jaxquant.cache import cache_dir
+
+# Without its own choice of a contraction GCC would compile ISO C++ to a product and a sum.
+_FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-w", "-shared", "-fPIC")
+_TIMEOUT = 300
+
+_log = logging.getLogger(__name__)
+
+
+def load(source: Path) -> ctypes.CDLL | None:
+    """The library built from a C++ file against the headers of `jax.ffi`; `None` where that is impossible.
+
+    The compiler is `CXX`, else `c++`, `g++` or `clang++`. The result is kept in `cache_dir()` under a name
+    that holds two digests: of all that it depends on (the source, flags, jaxlib, and what the compiler
+    predefines, which tells its version and the features of this CPU) and of its own bytes, so that a damaged
+    file is noticed and built again. No reason to fail is an error: one line is logged at debug level.
+    """
+    try:
+        return _load(source)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        _log.debug("no native kernel from %s: %s", source.name, error)
+        return None
+
+
+def _load(source: Path) -> ctypes.CDLL:
+    command = [*_compiler(), *_FLAGS]
+    predefined = _run([*command, "-E", "-dM", "-x", "c++", os.devnull])
+    parts = (source.read_bytes(), predefined, " ".join(command).encode(), jaxlib.__version__.encode())
+    key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+    prefix = f"{source.parent.name}-{source.stem}-{key}"
+    folder = cache_dir() / "kernels"
+    for built in folder.glob(f"{prefix}-*.so"):
+        if built.stem == f"{prefix}-{_digest(built)}":
+            return ctypes.CDLL(str(built))
+        with contextlib.suppress(OSError):  # another process may have noticed, too
+            built.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
+        part = Path(scratch) / "kernel.so"
+        _run([*command, f"-I{jax.ffi.include_dir()}", str(source), "-o", str(part)])
+        target = folder / f"{prefix}-{_digest(part)}.so"
+        os.replace(part, target)
+    return ctypes.CDLL(str(target))
+
+
+def _compiler() -> list[str]:
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    names = [chosen[0]] if chosen else ["c++", "g++", "clang++"]
+    for name in names:
+        if found := shutil.which(name):
+            return [found, *chosen[1:]]
+    raise FileNotFoundError(f"no C++ compiler ({', '.join(names)})")
+
+
+def _run(command: list[str]) -> bytes:
+    return subprocess.run(command, capture_output=True, check=True, timeout=_TIMEOUT).stdout
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
