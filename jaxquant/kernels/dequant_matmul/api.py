@@ -35,7 +35,7 @@ def dequant_matmul(
       bits: 1 to 8.
       block: input rows in one packed block.
       backend: `"scan"` is portable and dequantizes tiles; `"ffi"` is the kernel for CPUs, of which other
-        platforms see nothing; `"reference"` dequantizes the whole weight. `None`: `"ffi"` for at most 16 rows
+        platforms see nothing; `"reference"` dequantizes the whole weight. `None`: `"ffi"` for at most 256 rows
         of dtypes that it takes, where a C++ compiler is at hand and `JAXQUANT_NATIVE` is not 0; else
         `"scan"`.
 
@@ -51,7 +51,7 @@ def dequant_matmul(
     elif backend == "ffi" and not cpu.takes(rows, words, scale, zero):
         raise UsageError(
             f"backend='ffi' does not multiply {rows.dtype} by {words.dtype} words with {scale.dtype} scales and "
-            f"{zero.dtype} zeros on one device; use backend='scan'"
+            f"{zero.dtype} zeros; use backend='scan'"
         )
     elif backend == "ffi" and not cpu.available():
         raise UsageError(
