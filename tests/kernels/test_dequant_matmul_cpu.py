@@ -1,0 +1,193 @@
+"""The C++ kernel for CPUs: values, derivatives, transformations, and the paths that go around it."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxquant.errors import UsageError
+from jaxquant.kernels.dequant_matmul import cpu, dequant_matmul, reference
+from jaxquant.quant import Grid, pack, quantize
+
+TARGET = "jaxquant_dequant_matmul"
+
+
+@pytest.fixture
+def kernel():
+    if not cpu.available():
+        pytest.skip("no C++ compiler, or JAXQUANT_NATIVE=0")
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def packed(codes, bits, word_dtype=jnp.uint8):
+    return pack(codes, bits, word_dtype=word_dtype)
+
+
+def problem(rows, blocks, block, groups, out, bits, dtype=jnp.float32, scale_dtype=jnp.float16, seed=0):
+    """Arguments of the matmul, and its result in float64."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 2**bits, (blocks, block, out), dtype=np.uint8)
+    scale = jnp.asarray(rng.uniform(0.5, 2, (groups, out)) * rng.choice([-1, 1], (groups, out)), scale_dtype)
+    zero = jnp.asarray(rng.uniform(0, 2**bits, (groups, out)), scale_dtype)
+    x = jnp.asarray(rng.standard_normal((rows, blocks * block)) + rng.uniform(-1, 1), dtype)
+    step, shift = (np.repeat(np.float64(a), blocks // groups, axis=0)[:, None] for a in (scale, zero))
+    weight = (step * (codes - shift)).reshape(-1, out)
+    return (x, packed(jnp.asarray(codes), bits), scale, zero), np.float64(x) @ weight
+
+
+def close(y, expected, tolerance=1e-5):
+    np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance * np.max(np.abs(expected)))
+
+
+@pytest.mark.usefixtures("kernel")
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    groups=st.integers(1, 3),
+    blocks_of_group=st.integers(1, 3),
+    block=st.integers(1, 70),
+    out=st.integers(1, 200),
+    bits=st.integers(1, 8),
+    scale_dtype=st.sampled_from([jnp.float16, jnp.float32]),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_float64(rows, groups, blocks_of_group, block, out, bits, scale_dtype, seed):
+    blocks = groups * blocks_of_group
+    arguments, expected = problem(
+        rows, blocks, block, groups, out, bits, scale_dtype=scale_dtype, seed=seed
+    )
+    y = dequant_matmul(*arguments, bits=bits, block=block, backend="ffi")
+    assert y.dtype == jnp.float32
+    close(y, expected)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("rows", [1, 5])
+def test_tasks_of_several_threads(rows):
+    arguments, expected = problem(rows, 8, 128, 8, 4200, 4)
+    for _ in range(3):
+        close(dequant_matmul(*arguments, bits=4, block=128), expected)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_bfloat16_rounds_the_result_alone():
+    arguments, expected = problem(3, 2, 32, 2, 40, 4, dtype=jnp.bfloat16)
+    y = dequant_matmul(*arguments, bits=4, block=32)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(y), expected, rtol=2**-8, atol=1e-5 * np.max(np.abs(expected)))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("grid", [Grid(bits=3, group_size=16), Grid(bits=4, group_size=32, symmetric=True)])
+def test_product_with_a_qarray(grid):
+    rng = np.random.default_rng(1)
+    q = quantize(jnp.asarray(rng.standard_normal((64, 24)), jnp.float32), grid)
+    x = jnp.asarray(rng.standard_normal((2, 3, 64)), jnp.float32)
+    assert TARGET in jax.jit(lambda x, q: x @ q).lower(x, q).as_text()
+    close(x @ q, np.float64(x) @ np.float64(q.dequantize()))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_derivatives_are_those_of_the_reference():
+    (x, words, scale, zero), _ = problem(3, 4, 12, 2, 10, 3, scale_dtype=jnp.float32)
+
+    def loss(backend, x, scale, zero):
+        multiply = functools.partial(dequant_matmul, bits=3, block=12, backend=backend)
+        return jnp.sum(jnp.sin(0.05 * multiply(x, words, scale, zero)))
+
+    moving, direction = (x, scale, zero), (0.3 * x, scale**2, jnp.cos(zero))
+
+    def everything(backend):
+        of = functools.partial(loss, backend)
+        gradient = jax.grad(of, argnums=(0, 1, 2))
+        return gradient(*moving), jax.jvp(of, moving, direction)[1], jax.jvp(gradient, moving, direction)[1]
+
+    ours, expected = jax.jit(everything, static_argnums=0)("ffi"), everything("reference")
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), ours, expected)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_vmap_over_activations_is_one_call():
+    (x, *weight), expected = problem(6, 2, 16, 2, 20, 4)
+    product = jax.jit(jax.vmap(lambda x: dequant_matmul(x, *weight, bits=4, block=16), in_axes=1))
+    batched = jnp.moveaxis(x.reshape(2, 3, 32), 0, 1)
+    assert product.lower(batched).as_text().count(f"@{TARGET}(") == 1
+    close(product(batched).reshape(6, 20), expected)
+
+
+def test_vmap_over_weights_and_gradients():
+    (x, *weight), expected = problem(3, 2, 16, 2, 20, 4)
+    stacked = [jnp.stack([a, a[..., ::-1]]) for a in weight]
+
+    def loss(x, *weight):
+        y = dequant_matmul(x, *weight, bits=4, block=16)
+        return jnp.sum(y), y
+
+    gradient, y = jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, 0, 0, 0))(x, *stacked)
+    close(y, np.stack([expected, expected[:, ::-1]]))
+    close(gradient[0], gradient[1])
+
+
+@pytest.mark.usefixtures("kernel")
+def test_inside_scan_and_switch():
+    problems = [problem(2, 1, 32, 1, 32, 4, seed=seed)[0] for seed in range(3)]
+    stacked = [jnp.stack(a) for a in zip(*(p[1:] for p in problems), strict=True)]
+
+    def forward(x, backend):
+        def layer(x, weight):
+            multiply = functools.partial(dequant_matmul, bits=4, block=32, backend=backend)
+            branches = [lambda x: multiply(x, *weight), lambda x: -multiply(x, *weight)]
+            return jnp.tanh(0.01 * jax.lax.switch(jnp.int32(x[0, 0] > 0), branches, x)), None
+
+        return jnp.sum(jax.lax.scan(layer, x, stacked)[0])
+
+    both = jax.jit(jax.value_and_grad(forward), static_argnums=1)
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), both(problems[0][0], None), both(problems[0][0], "reference"))
+
+
+def test_other_platforms_and_several_devices_see_the_scan():
+    arguments, _ = problem(1, 2, 16, 2, 20, 4)
+    multiply = jax.jit(functools.partial(dequant_matmul, bits=4, block=16))
+    for platform in ("tpu", "cuda"):
+        text = multiply.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+        assert "custom_call" not in text
+        assert "while" in text
+
+
+@pytest.mark.parametrize("case", ["rows", "words", "x", "scale"])
+def test_what_the_kernel_does_not_take(case):
+    (x, words, scale, zero), expected = problem(1, 2, 16, 2, 20, 4)
+    if case == "rows":
+        x, expected = (jnp.repeat(a, cpu.LARGEST_ROWS + 1, axis=0) for a in (x, expected))
+    elif case == "words":
+        words = jax.lax.bitcast_convert_type(words.reshape(2, 2, 4, 20).swapaxes(-1, -2), jnp.uint32)
+        expected = None
+    elif case == "x":
+        x = x.astype(jnp.float16)
+    else:
+        scale = scale.astype(jnp.float32)
+    multiply = jax.jit(functools.partial(dequant_matmul, bits=4, block=16))
+    assert TARGET not in multiply.lower(x, words, scale, zero).as_text()
+    if expected is not None:
+        close(multiply(x, words, scale, zero), expected, 1e-2 if case == "x" else 1e-5)
+    if case != "rows":
+        with pytest.raises(UsageError, match="use backend='scan'"):
+            dequant_matmul(x, words, scale, zero, bits=4, block=16, backend="ffi")
+
+
+def test_without_a_kernel(monkeypatch):
+    arguments, expected = problem(2, 2, 16, 2, 30, 4)
+    monkeypatch.setenv("JAXQUANT_NATIVE", "0")
+    multiply = jax.jit(functools.partial(dequant_matmul, bits=4, block=16))
+    assert TARGET not in multiply.lower(*arguments).as_text()
+    close(multiply(*arguments), expected)
+    with pytest.raises(UsageError, match="C\\+\\+ compiler"):
+        dequant_matmul(*arguments, bits=4, block=16, backend="ffi")
+    with pytest.raises(UsageError, match="unknown backend"):
+        dequant_matmul(*arguments, bits=4, block=16, backend="cuda")
