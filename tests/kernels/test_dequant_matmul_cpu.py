@@ -24,11 +24,6 @@ def kernel():
         pytest.skip("no C++ compiler, or JAXQUANT_NATIVE=0")
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def packed(codes, bits, word_dtype=jnp.uint8):
-    return pack(codes, bits, word_dtype=word_dtype)
-
-
 def problem(rows, blocks, block, groups, out, bits, dtype=jnp.float32, scale_dtype=jnp.float16, seed=0):
     """Arguments of the matmul, and its result in float64."""
     rng = np.random.default_rng(seed)
@@ -38,7 +33,7 @@ def problem(rows, blocks, block, groups, out, bits, dtype=jnp.float32, scale_dty
     x = jnp.asarray(rng.standard_normal((rows, blocks * block)) + rng.uniform(-1, 1), dtype)
     step, shift = (np.repeat(np.float64(a), blocks // groups, axis=0)[:, None] for a in (scale, zero))
     weight = (step * (codes - shift)).reshape(-1, out)
-    return (x, packed(jnp.asarray(codes), bits), scale, zero), np.float64(x) @ weight
+    return (x, jax.jit(pack, static_argnums=1)(codes, bits), scale, zero), np.float64(x) @ weight
 
 
 def close(y, expected, tolerance=1e-5):
@@ -46,7 +41,7 @@ def close(y, expected, tolerance=1e-5):
 
 
 @pytest.mark.usefixtures("kernel")
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     rows=st.integers(1, 20),
     groups=st.integers(1, 3),
@@ -59,9 +54,7 @@ def close(y, expected, tolerance=1e-5):
 )
 def test_equals_float64(rows, groups, blocks_of_group, block, out, bits, scale_dtype, seed):
     blocks = groups * blocks_of_group
-    arguments, expected = problem(
-        rows, blocks, block, groups, out, bits, scale_dtype=scale_dtype, seed=seed
-    )
+    arguments, expected = problem(rows, blocks, block, groups, out, bits, scale_dtype=scale_dtype, seed=seed)
     y = dequant_matmul(*arguments, bits=bits, block=block, backend="ffi")
     assert y.dtype == jnp.float32
     close(y, expected)
@@ -95,7 +88,7 @@ def test_product_with_a_qarray(grid):
 
 @pytest.mark.usefixtures("kernel")
 def test_derivatives_are_those_of_the_reference():
-    (x, words, scale, zero), _ = problem(3, 4, 12, 2, 10, 3, scale_dtype=jnp.float32)
+    (x, words, scale, zero), _ = problem(2, 2, 12, 2, 6, 3, scale_dtype=jnp.float32)
 
     def loss(backend, x, scale, zero):
         multiply = functools.partial(dequant_matmul, bits=3, block=12, backend=backend)
@@ -108,7 +101,7 @@ def test_derivatives_are_those_of_the_reference():
         gradient = jax.grad(of, argnums=(0, 1, 2))
         return gradient(*moving), jax.jvp(of, moving, direction)[1], jax.jvp(gradient, moving, direction)[1]
 
-    ours, expected = jax.jit(everything, static_argnums=0)("ffi"), everything("reference")
+    ours, expected = (jax.jit(everything, static_argnums=0)(name) for name in ("ffi", "reference"))
     jax.tree.map(lambda a, b: close(a, b, 1e-4), ours, expected)
 
 
@@ -148,10 +141,12 @@ def test_inside_scan_and_switch():
         return jnp.sum(jax.lax.scan(layer, x, stacked)[0])
 
     both = jax.jit(jax.value_and_grad(forward), static_argnums=1)
-    jax.tree.map(lambda a, b: close(a, b, 1e-4), both(problems[0][0], None), both(problems[0][0], "reference"))
+    jax.tree.map(
+        lambda a, b: close(a, b, 1e-4), both(problems[0][0], None), both(problems[0][0], "reference")
+    )
 
 
-def test_other_platforms_and_several_devices_see_the_scan():
+def test_other_platforms_see_the_scan():
     arguments, _ = problem(1, 2, 16, 2, 20, 4)
     multiply = jax.jit(functools.partial(dequant_matmul, bits=4, block=16))
     for platform in ("tpu", "cuda"):
@@ -166,16 +161,15 @@ def test_what_the_kernel_does_not_take(case):
     if case == "rows":
         x, expected = (jnp.repeat(a, cpu.LARGEST_ROWS + 1, axis=0) for a in (x, expected))
     elif case == "words":
-        words = jax.lax.bitcast_convert_type(words.reshape(2, 2, 4, 20).swapaxes(-1, -2), jnp.uint32)
-        expected = None
+        words, expected = jnp.zeros((2, 2, 20), jnp.uint32), np.zeros((1, 20))
+        zero = jnp.zeros_like(zero)
     elif case == "x":
         x = x.astype(jnp.float16)
     else:
         scale = scale.astype(jnp.float32)
     multiply = jax.jit(functools.partial(dequant_matmul, bits=4, block=16))
     assert TARGET not in multiply.lower(x, words, scale, zero).as_text()
-    if expected is not None:
-        close(multiply(x, words, scale, zero), expected, 1e-2 if case == "x" else 1e-5)
+    close(multiply(x, words, scale, zero), expected, 1e-2 if case == "x" else 1e-5)
     if case != "rows":
         with pytest.raises(UsageError, match="use backend='scan'"):
             dequant_matmul(x, words, scale, zero, bits=4, block=16, backend="ffi")

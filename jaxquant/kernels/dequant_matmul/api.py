@@ -37,7 +37,7 @@ def dequant_matmul(
       backend: `"scan"` is portable and dequantizes tiles; `"ffi"` is the kernel for CPUs, of which other
         platforms see nothing; `"reference"` dequantizes the whole weight. `None`: `"ffi"` for at most 256 rows
         of dtypes that it takes, where a C++ compiler is at hand and `JAXQUANT_NATIVE` is not 0; else
-        `"scan"`.
+        `"scan"`, which `jax.export` asks for, too.
 
     Raises:
       UsageError: unknown backend, or `"ffi"` where it cannot be used.

@@ -1,0 +1,184 @@
+"""Times decode with packed W4 weights by each backend against dense float32 and torch: in turn, in one run.
+
+    python experiments/bench/decode.py [--repeats 15] [--threads 2]
+
+Two cases: single linears with 1 and 16 rows of activations, and a token of a model of SmolLM2-135M's shape
+whose cache holds 128 tokens, head included (float32, tied, in all but the bfloat16 peer). Weights are random.
+Ratios are medians of paired times, dense float32 in JAX over the side named. Writes results/decode.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# JAX's threads and torch's share the cores of both sides.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.folder import versions
+from jaxquant.kernels.dequant_matmul import dequant_matmul
+from jaxquant.models import decoder
+from jaxquant.models.cache import init_cache
+from jaxquant.models.config import ModelConfig
+from jaxquant.quant import Grid, quantize
+
+GRID = Grid(bits=4, group_size=64)
+LINEARS = [(4096, 4096), (576, 1536), (1536, 576)]
+ROWS = (1, 16)
+FILLED, SIZE = 128, 256
+SMOLLM2 = ModelConfig(
+    family="llama", query_scale=64**-0.5,
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
+    head_dim=64, max_position=2048, tie_embeddings=True,
+)  # fmt: skip
+RESULTS = Path(__file__).parent / "results" / "decode.json"
+
+
+def interleaved(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
+    """Median milliseconds of each side, and what dense float32 takes in multiples of it."""
+    for run in sides.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    dense = seconds["dense_float32"]
+    return {
+        name: {
+            "milliseconds": 1e3 * statistics.median(own),
+            "fastest": 1e3 * min(own),
+            "ratio": statistics.median(d / o for d, o in zip(dense, own, strict=True)),
+            "ratio_of_fastest": min(dense) / min(own),
+        }
+        for name, own in seconds.items()
+    }
+
+
+def run_jax(f: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    compiled = jax.jit(f).lower(*arguments).compile()
+    return lambda: jax.block_until_ready(compiled(*arguments))
+
+
+def linear_sides(inputs: int, outputs: int, rows: int) -> dict[str, Callable[[], Any]]:
+    w = jax.random.normal(jax.random.key(0), (inputs, outputs)) / inputs**0.5
+    x = jax.random.normal(jax.random.key(1), (rows, inputs))
+    q = quantize(w, GRID)
+    sides = {"dense_float32": run_jax(jnp.matmul, x, w)}
+    for backend in ("ffi", "scan"):
+        multiply = functools.partial(dequant_matmul, bits=GRID.bits, block=q.block, backend=backend)
+        sides[f"packed_{backend}"] = run_jax(multiply, x, q.words, q.scale, q.zero)
+    if importlib.util.find_spec("torch") is None:
+        return sides
+    import torch
+
+    def product(dtype: Any) -> Callable[[], Any]:
+        x_t, w_t = (torch.from_numpy(np.array(a)).to(dtype) for a in (x, w.T))
+        return torch.inference_mode()(lambda: torch.nn.functional.linear(x_t, w_t))
+
+    return sides | {"torch_float32": product(torch.float32), "torch_bfloat16": product(torch.bfloat16)}
+
+
+def model_sides() -> dict[str, Callable[[], Any]]:
+    params = decoder.init_params(jax.random.key(0), SMOLLM2)
+    token = jnp.zeros((1, 1), jnp.int32)
+    prompt = jnp.zeros((1, FILLED), jnp.int32)
+    cache = decoder.forward(params, SMOLLM2, prompt, cache=init_cache(SMOLLM2, 1, SIZE)).cache
+    blocks = {
+        part: {
+            name: {"kernel": jax.vmap(lambda w: quantize(w, GRID))(linear["kernel"])}
+            for name, linear in params["blocks"][part].items()
+        }
+        for part in ("attn", "mlp")
+    }
+    packed = params | {"blocks": params["blocks"] | blocks}
+
+    def step(params: Any, token: jax.Array, cache: Any) -> jax.Array:
+        return decoder.forward(params, SMOLLM2, token, cache=cache).logits
+
+    sides = {
+        "dense_float32": run_jax(step, params, token, cache),
+        "packed_ffi": run_jax(step, packed, token, cache),
+    }
+    # The choice is made while a program is lowered.
+    os.environ["JAXQUANT_NATIVE"] = "0"
+    sides["packed_scan"] = run_jax(lambda *a: step(*a), packed, token, cache)
+    del os.environ["JAXQUANT_NATIVE"]
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
+        return sides
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def model(dtype: Any) -> Callable[[], Any]:
+        config = LlamaConfig(
+            vocab_size=SMOLLM2.vocab_size, hidden_size=SMOLLM2.hidden_size, tie_word_embeddings=True,
+            intermediate_size=SMOLLM2.intermediate_size, num_hidden_layers=SMOLLM2.num_layers,
+            num_attention_heads=SMOLLM2.num_heads, num_key_value_heads=SMOLLM2.num_kv_heads,
+        )  # fmt: skip
+        llama = LlamaForCausalLM(config).to(dtype).eval()
+        with torch.inference_mode():
+            past = llama(torch.zeros((1, FILLED), dtype=torch.long), use_cache=True).past_key_values
+
+        @torch.inference_mode()
+        def step() -> Any:
+            logits = llama(torch.zeros((1, 1), dtype=torch.long), past_key_values=past, use_cache=True).logits
+            past.crop(-1)
+            return logits
+
+        return step
+
+    return sides | {"torch_float32": model(torch.float32), "torch_bfloat16": model(torch.bfloat16)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    packages = ["torch", "transformers"]
+    found = [name for name in packages if importlib.util.find_spec(name) is not None]
+    if "torch" in found:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    cases: dict[str, Callable[[], dict[str, Callable[[], Any]]]] = {
+        f"{inputs}x{outputs}, {rows} rows": functools.partial(linear_sides, inputs, outputs, rows)
+        for inputs, outputs in LINEARS
+        for rows in ROWS
+    }
+    cases["a token of a SmolLM2-135M"] = model_sides
+    results = {}
+    for name, sides in cases.items():
+        results[name] = interleaved(sides(), args.repeats)
+        times = (
+            f"{side} {r['milliseconds']:.3f} ms ({r['ratio']:.2f}x)" for side, r in results[name].items()
+        )
+        print(f"{name}: {', '.join(times)}", flush=True)
+    report = {
+        "setting": {"grid": str(GRID), "repeats": args.repeats, "torch_threads": args.threads},
+        "versions": versions() | {name: importlib.metadata.version(name) for name in found},
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg()},
+        "cases": results,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
