@@ -151,9 +151,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    packages = ["torch", "transformers"]
-    found = [name for name in packages if importlib.util.find_spec(name) is not None]
-    if "torch" in found:
+    peers = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is not None]
+    if "torch" in peers:
         import torch
 
         torch.set_num_threads(args.threads)
@@ -172,7 +171,7 @@ def main() -> None:
         print(f"{name}: {', '.join(times)}", flush=True)
     report = {
         "setting": {"grid": str(GRID), "repeats": args.repeats, "torch_threads": args.threads},
-        "versions": versions() | {name: importlib.metadata.version(name) for name in found},
+        "versions": versions() | {name: importlib.metadata.version(name) for name in peers},
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg()},
         "cases": results,
     }

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxquant.errors import UsageError
-from jaxquant.kernels.dequant_matmul import cpu, dequant_matmul, reference
+from jaxquant.kernels.dequant_matmul import cpu, dequant_matmul
 from jaxquant.quant import Grid, pack, quantize
 
 TARGET = "jaxquant_dequant_matmul"

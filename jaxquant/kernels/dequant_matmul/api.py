@@ -34,10 +34,10 @@ def dequant_matmul(
       scale, zero: one row per group; the rows of a group are a whole number of blocks.
       bits: 1 to 8.
       block: input rows in one packed block.
-      backend: `"scan"` is portable and dequantizes tiles; `"ffi"` is the kernel for CPUs, of which other
-        platforms see nothing; `"reference"` dequantizes the whole weight. `None`: `"ffi"` for at most 256 rows
-        of dtypes that it takes, where a C++ compiler is at hand and `JAXQUANT_NATIVE` is not 0; else
-        `"scan"`, which `jax.export` asks for, too.
+      backend: `"scan"` is portable and dequantizes tiles; `"ffi"` is the kernel for CPUs, instead of which
+        other platforms get `"scan"`; `"reference"` dequantizes the whole weight. `None`: `"ffi"` for at most
+        256 rows of dtypes that it takes, where a C++ compiler is at hand and `JAXQUANT_NATIVE` is not 0; else
+        `"scan"`, which is what `jax.export` needs, too.
 
     Raises:
       UsageError: unknown backend, or `"ffi"` where it cannot be used.
@@ -50,8 +50,8 @@ def dequant_matmul(
         raise UsageError(f"unknown backend {backend!r}; use one of {', '.join(get_args(Backend))}")
     elif backend == "ffi" and not cpu.takes(rows, words, scale, zero):
         raise UsageError(
-            f"backend='ffi' does not multiply {rows.dtype} by {words.dtype} words with {scale.dtype} scales and "
-            f"{zero.dtype} zeros; use backend='scan'"
+            f"backend='ffi' does not multiply {rows.dtype} by {words.dtype} words with {scale.dtype} scales "
+            f"and {zero.dtype} zeros; use backend='scan'"
         )
     elif backend == "ffi" and not cpu.available():
         raise UsageError(

@@ -36,9 +36,9 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 // Compilers take the conversion of a vector of bytes apart, element by element; that of integers they know.
 inline Ints Load(const uint8_t* bytes) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+  return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes)));
 #elif defined(__AVX2__)
-  return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+  return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes)));
 #else
   Ints ints;
   for (int i = 0; i < kLanes; ++i) ints[i] = bytes[i];
@@ -48,6 +48,9 @@ inline Ints Load(const uint8_t* bytes) {
 
 // Columns of a task; also what rows of scratch are padded to: no strip is wider.
 constexpr int64_t kPadding = 64;
+constexpr int kTileRows = 8;
+// Tiles of a task: sums of more rows would fall out of the first caches.
+constexpr int64_t kTaskTiles = 2;
 // Products below which another thread costs more than it saves.
 constexpr int64_t kProductsOfTask = 1 << 18;
 
@@ -80,18 +83,15 @@ struct Problem {
 
 // Rows of x that one pass over the words takes, in the order in which fields come; 0 where a plane is ragged.
 struct Tile {
-  int64_t row;
-  int64_t rows;   // of x
-  int64_t height; // the same with those that are padded
+  int64_t row, rows;          // of x
+  int64_t height;             // rows with those that are padded
   std::vector<float> values;  // [blocks, block_fields, height]
   std::vector<float> sums;    // [blocks, height]
 };
 
-int64_t HeightOf(int64_t rows) { return rows == 1 ? 1 : rows <= 4 ? 4 : 8; }
-
 Tile MakeTile(const Problem& p, int64_t row) {
-  Tile tile{row, std::min<int64_t>(p.rows - row, 8), 0, {}, {}};
-  tile.height = HeightOf(tile.rows);
+  Tile tile{row, std::min<int64_t>(p.rows - row, kTileRows), 0, {}, {}};
+  tile.height = tile.rows == 1 ? 1 : tile.rows <= 4 ? 4 : kTileRows;
   tile.values.assign(p.blocks * p.block_fields * tile.height, 0.f);
   tile.sums.assign(p.blocks * tile.height, 0.f);
   float* value = tile.values.data();
@@ -212,11 +212,11 @@ void Widen(const void* source, bool half, int64_t offset, int64_t count, float* 
   for (; i < count; ++i) target[i] = ToFloat(halves[i]);
 }
 
-// All rows of y, columns first to last.
-void Columns(const Problem& p, const std::vector<Tile>& tiles, int64_t first, int64_t last) {
+// Rows of some tiles, columns first to last.
+void Columns(const Problem& p, const Tile* tiles, int64_t count, int64_t first, int64_t last) {
   const int64_t columns = last - first;
   const int64_t width = (columns + kPadding - 1) / kPadding * kPadding;
-  std::vector<float> scale(width), zero(width), y(8 * tiles.size() * width);
+  std::vector<float> scale(width), zero(width), y(kTileRows * count * width);
   std::vector<uint8_t> copy;
   const int64_t blocks_of_group = p.blocks / p.groups;
   for (int64_t b = 0; b < p.blocks; ++b) {
@@ -226,13 +226,16 @@ void Columns(const Problem& p, const std::vector<Tile>& tiles, int64_t first, in
       Widen(p.zero, p.half, offset, columns, zero.data());
     }
     const uint8_t* words = p.words + b * p.block_words * p.out + first;
-    for (const Tile& tile : tiles) {
-      auto* add = tile.height == 1 ? AddBlock<1> : tile.height == 4 ? AddBlock<4> : AddBlock<8>;
-      add(p, words, columns, scale.data(), zero.data(), tile, b, &y[tile.row * width], width, copy);
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t height = tiles[t].height;
+      auto* add = height == 1 ? AddBlock<1> : height == 4 ? AddBlock<4> : AddBlock<kTileRows>;
+      add(p, words, columns, scale.data(), zero.data(), tiles[t], b, &y[t * kTileRows * width], width, copy);
     }
   }
-  for (int64_t m = 0; m < p.rows; ++m)
-    std::memcpy(p.y + m * p.out + first, &y[m * width], columns * sizeof(float));
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t r = 0; r < tiles[t].rows; ++r)
+      std::memcpy(p.y + (tiles[t].row + r) * p.out + first, &y[(t * kTileRows + r) * width],
+                  columns * sizeof(float));
 }
 
 // Threads take tasks until none is left. The caller takes part and waits for none that has not begun: the
@@ -272,16 +275,20 @@ ffi::Error DequantMatmul(ffi::ThreadPool pool, int64_t bits, ffi::Buffer<ffi::F3
   for (const Plane& plane : p.planes) p.block_fields += plane.depth * (8 / plane.bits);
 
   std::vector<Tile> tiles;
-  for (int64_t row = 0; row < p.rows; row += 8) tiles.push_back(MakeTile(p, row));
+  for (int64_t row = 0; row < p.rows; row += kTileRows) tiles.push_back(MakeTile(p, row));
 
+  const int64_t bands = (tiles.size() + kTaskTiles - 1) / kTaskTiles;
   const int64_t strips = (p.out + kPadding - 1) / kPadding;
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   const int64_t worthwhile = std::max<int64_t>(1, p.rows * p.in * p.out / kProductsOfTask);
-  // More tasks than threads, so that one that is interrupted does not hold up the others.
-  const int64_t count = std::min({strips, worthwhile, threads == 1 ? 1 : 4 * threads});
+  // More parts than threads, so that one that is interrupted does not hold up the others.
+  const int64_t parts = std::min({strips, worthwhile, threads == 1 ? 1 : 4 * threads});
+  const int64_t count = bands * parts;
   auto task = [&](int64_t i) {
-    const int64_t first = i * strips / count * kPadding, last = (i + 1) * strips / count * kPadding;
-    Columns(p, tiles, first, std::min(last, p.out));
+    const int64_t part = i / bands, tile = i % bands * kTaskTiles;
+    const int64_t first = part * strips / parts * kPadding, last = (part + 1) * strips / parts * kPadding;
+    Columns(p, &tiles[tile], std::min<int64_t>(kTaskTiles, tiles.size() - tile), first,
+            std::min(last, p.out));
   };
   auto tasks = std::make_shared<Tasks>();
   tasks->count = count;

@@ -1,4 +1,4 @@
-"""The CPU implementation for up to some hundred rows: `cpu.cc`, called by XLA; where it cannot be built, `scan`.
+"""The CPU implementation for some hundred rows: `cpu.cc`, called by XLA; where it cannot be built, `scan`.
 
 A primitive, since it is its lowering that depends on the platform: tracing builds nothing and asks for no
 device, and a program lowered for TPU or GPU holds the portable implementation.
@@ -74,7 +74,7 @@ _dequant_matmul.def_impl(jax.jit(dequant_matmul, static_argnames=("bits", "block
 
 @_dequant_matmul.def_abstract_eval
 def _shape(x: Any, words: Any, scale: Any, zero: Any, *, bits: int, block: int) -> Any:
-    return jax.core.ShapedArray((x.shape[0], words.shape[2]), x.dtype)
+    return x.update(shape=(x.shape[0], words.shape[2]), weak_type=False)
 
 
 def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], **layout: int) -> tuple[Array, Array]:
