@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# JAX's threads and torch's share the cores of both sides.
+# Else LAPACK's threads spin beside those of JAX and torch.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
