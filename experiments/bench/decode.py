@@ -34,6 +34,7 @@ from jaxquant.kernels.dequant_matmul import dequant_matmul
 from jaxquant.models import decoder
 from jaxquant.models.cache import init_cache
 from jaxquant.models.config import ModelConfig
+from jaxquant.models.init import init_params
 from jaxquant.quant import Grid, quantize
 
 GRID = Grid(bits=4, group_size=64)
@@ -80,7 +81,7 @@ def linear_sides(inputs: int, outputs: int, rows: int) -> dict[str, Callable[[],
     x = jax.random.normal(jax.random.key(1), (rows, inputs))
     q = quantize(w, GRID)
     sides = {"dense_float32": run_jax(jnp.matmul, x, w)}
-    for backend in ("ffi", "scan"):
+    for backend in ("kernel", "portable"):
         multiply = functools.partial(dequant_matmul, bits=GRID.bits, block=q.block, backend=backend)
         sides[f"packed_{backend}"] = run_jax(multiply, x, q.words, q.scale, q.zero)
     if importlib.util.find_spec("torch") is None:
@@ -95,7 +96,7 @@ def linear_sides(inputs: int, outputs: int, rows: int) -> dict[str, Callable[[],
 
 
 def model_sides() -> dict[str, Callable[[], Any]]:
-    params = decoder.init_params(jax.random.key(0), SMOLLM2)
+    params = init_params(jax.random.key(0), SMOLLM2)
     token = jnp.zeros((1, 1), jnp.int32)
     prompt = jnp.zeros((1, FILLED), jnp.int32)
     cache = decoder.forward(params, SMOLLM2, prompt, cache=init_cache(SMOLLM2, 1, SIZE)).cache
@@ -113,11 +114,11 @@ def model_sides() -> dict[str, Callable[[], Any]]:
 
     sides = {
         "dense_float32": run_jax(step, params, token, cache),
-        "packed_ffi": run_jax(step, packed, token, cache),
+        "packed_kernel": run_jax(step, packed, token, cache),
     }
     # The choice is made while a program is lowered.
     os.environ["JAXQUANT_NATIVE"] = "0"
-    sides["packed_scan"] = run_jax(lambda *a: step(*a), packed, token, cache)
+    sides["packed_portable"] = run_jax(lambda *a: step(*a), packed, token, cache)
     del os.environ["JAXQUANT_NATIVE"]
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
         return sides

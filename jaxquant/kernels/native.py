@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -23,6 +24,27 @@ _FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-w", "-sh
 _TIMEOUT = 300
 
 _log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _registered(source: Path, target: str, symbol: str) -> bool:
+    library = load(source)
+    if library is None:
+        return False
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    return True
+
+
+def missing(source: Path, target: str, symbol: str) -> str:
+    """Why XLA cannot call `symbol` of a C++ file as `target`; "" where it can, after a build if need be."""
+    if os.environ.get("JAXQUANT_NATIVE") == "0":
+        return "JAXQUANT_NATIVE is 0"
+    if not _registered(source, target, symbol):
+        return (
+            "it could not be built: it needs a C++ compiler (set CXX) and a cache folder that can be written "
+            "(JAXQUANT_CACHE)"
+        )
+    return ""
 
 
 def load(source: Path) -> ctypes.CDLL | None:

@@ -16,7 +16,8 @@ _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2,
 _LARGEST_BLOCK = 128
 
 
-def _planes(bits: int) -> tuple[int, ...]:
+def planes(bits: int) -> tuple[int, ...]:
+    """Bits of the planes that a code of `bits` bits is split into, from its lowest bit up."""
     if bits not in _PLANES:
         raise ValueError(f"bits={bits} cannot be packed; use 1 to 8")
     return _PLANES[bits]
@@ -32,7 +33,7 @@ def block_rows(group_rows: int) -> int:
 
 def packed_rows(rows: int, bits: int, word_bits: int = 8) -> int:
     """Words that `rows` codes of `bits` bits take: `sum_p ceil(rows * p / word_bits)` over planes p."""
-    return sum(-(-rows * plane // word_bits) for plane in _planes(bits))
+    return sum(-(-rows * plane // word_bits) for plane in planes(bits))
 
 
 def pack(
@@ -52,7 +53,7 @@ def pack(
     rows = codes.shape[-2]
     codes = codes.astype(word_dtype)
     packed, shift = [], 0
-    for plane in _planes(bits):
+    for plane in planes(bits):
         fields = (codes >> jnp.asarray(shift, word_dtype)) & jnp.asarray(2**plane - 1, word_dtype)
         per_word = word_bits // plane
         depth = -(-rows // per_word)
@@ -69,7 +70,7 @@ def unpack(words: UInt[Array, "*stack words out"], bits: int, rows: int) -> UInt
     """The `uint8` codes that `pack` was given; `rows` is their number."""
     word_bits = jnp.iinfo(words.dtype).bits
     codes, start, shift = None, 0, 0
-    for plane in _planes(bits):
+    for plane in planes(bits):
         per_word = word_bits // plane
         depth = -(-rows // per_word)
         part = words[..., start : start + depth, :]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +24,9 @@ TARGET = "jaxquant_dequant_matmul"
 
 @pytest.fixture
 def kernel():
-    if not cpu.available():
-        pytest.skip("no C++ compiler, or JAXQUANT_NATIVE=0")
+    (x, words, scale, zero), _ = problem(1, 1, 8, 1, 8, 4)
+    if reason := cpu.KERNEL.refuses(x, words, scale, zero, bits=4, block=8):
+        pytest.skip(reason)
 
 
 def problem(rows, blocks, block, groups, out, bits, dtype=jnp.float32, scale_dtype=jnp.float16, seed=0):
@@ -55,7 +60,7 @@ def close(y, expected, tolerance=1e-5):
 def test_equals_float64(rows, groups, blocks_of_group, block, out, bits, scale_dtype, seed):
     blocks = groups * blocks_of_group
     arguments, expected = problem(rows, blocks, block, groups, out, bits, scale_dtype=scale_dtype, seed=seed)
-    y = dequant_matmul(*arguments, bits=bits, block=block, backend="ffi")
+    y = dequant_matmul(*arguments, bits=bits, block=block, backend="kernel")
     assert y.dtype == jnp.float32
     close(y, expected)
 
@@ -101,7 +106,7 @@ def test_derivatives_are_those_of_the_reference():
         gradient = jax.grad(of, argnums=(0, 1, 2))
         return gradient(*moving), jax.jvp(of, moving, direction)[1], jax.jvp(gradient, moving, direction)[1]
 
-    ours, expected = (jax.jit(everything, static_argnums=0)(name) for name in ("ffi", "reference"))
+    ours, expected = (jax.jit(everything, static_argnums=0)(name) for name in ("kernel", "portable"))
     jax.tree.map(lambda a, b: close(a, b, 1e-4), ours, expected)
 
 
@@ -141,18 +146,22 @@ def test_inside_scan_and_switch():
         return jnp.sum(jax.lax.scan(layer, x, stacked)[0])
 
     both = jax.jit(jax.value_and_grad(forward), static_argnums=1)
-    jax.tree.map(
-        lambda a, b: close(a, b, 1e-4), both(problems[0][0], None), both(problems[0][0], "reference")
-    )
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), both(problems[0][0], None), both(problems[0][0], "portable"))
 
 
 def test_other_platforms_see_the_scan():
     arguments, _ = problem(1, 2, 16, 2, 20, 4)
     multiply = jax.jit(functools.partial(dequant_matmul, bits=4, block=16))
-    for platform in ("tpu", "cuda"):
-        text = multiply.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
-        assert "custom_call" not in text
-        assert "while" in text
+    text = multiply.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "custom_call" not in text
+    assert "while" in text
+
+
+def test_an_exported_program_holds_the_scan():
+    arguments, expected = problem(1, 2, 16, 2, 20, 4)
+    exported = jax.export.export(jax.jit(functools.partial(dequant_matmul, bits=4, block=16)))(*arguments)
+    assert TARGET not in exported.mlir_module()
+    close(exported.call(*arguments), expected)
 
 
 @pytest.mark.parametrize("case", ["rows", "words", "x", "scale"])
@@ -170,9 +179,8 @@ def test_what_the_kernel_does_not_take(case):
     multiply = jax.jit(functools.partial(dequant_matmul, bits=4, block=16))
     assert TARGET not in multiply.lower(x, words, scale, zero).as_text()
     close(multiply(x, words, scale, zero), expected, 1e-2 if case == "x" else 1e-5)
-    if case != "rows":
-        with pytest.raises(UsageError, match="use backend='scan'"):
-            dequant_matmul(x, words, scale, zero, bits=4, block=16, backend="ffi")
+    with pytest.raises(UsageError, match="use backend='portable'"):
+        dequant_matmul(x, words, scale, zero, bits=4, block=16, backend="kernel")
 
 
 def test_without_a_kernel(monkeypatch):
@@ -181,7 +189,39 @@ def test_without_a_kernel(monkeypatch):
     multiply = jax.jit(functools.partial(dequant_matmul, bits=4, block=16))
     assert TARGET not in multiply.lower(*arguments).as_text()
     close(multiply(*arguments), expected)
-    with pytest.raises(UsageError, match="C\\+\\+ compiler"):
-        dequant_matmul(*arguments, bits=4, block=16, backend="ffi")
+    with pytest.raises(UsageError, match="JAXQUANT_NATIVE is 0"):
+        dequant_matmul(*arguments, bits=4, block=16, backend="kernel")
     with pytest.raises(UsageError, match="unknown backend"):
         dequant_matmul(*arguments, bits=4, block=16, backend="cuda")
+
+
+@pytest.mark.slow
+def test_kernels_run_inside_shard_map():
+    """On two devices, inputs cut between them; a program that XLA divides holds the scan."""
+    code = """
+        import functools, jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from jaxquant.kernels.dequant_matmul import cpu, dequant_matmul
+        from jaxquant.quant import Grid, quantize
+
+        mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        q = quantize(jax.random.normal(jax.random.key(0), (64, 48)), Grid(bits=4, group_size=32))
+        x = jax.random.normal(jax.random.key(1), (2, 64))
+        multiply = functools.partial(dequant_matmul, bits=4, block=q.block)
+        cut, weight = P("d"), (q.words, q.scale.astype(jnp.float32), q.zero.astype(jnp.float32))
+        mapped = jax.jit(jax.shard_map(
+            lambda *a: jax.lax.psum(multiply(*a), "d"), mesh=mesh,
+            in_specs=(P(None, "d"), cut, cut, cut), out_specs=P(),
+        ))
+        near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+        near(mapped(x, *weight), multiply(x, *weight))
+        near(*(jax.grad(lambda s: f(x, weight[0], s, weight[2]).sum())(weight[1]) for f in (mapped, multiply)))
+        target = "jaxquant_dequant_matmul"
+        usable = not cpu.KERNEL.refuses(x, *weight, bits=4, block=q.block)
+        assert (target in mapped.lower(x, *weight).as_text()) == usable
+        divided = jax.device_put((x, *weight), tuple(NamedSharding(mesh, s) for s in (P(), cut, cut, cut)))
+        near(jax.jit(multiply)(*divided), multiply(x, *weight))
+        assert target not in jax.jit(multiply).lower(*divided).as_text()
+    """
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, check=True)

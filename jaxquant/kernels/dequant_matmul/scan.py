@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt
 
+from jaxquant.kernels.platform import varying_alike
 from jaxquant.quant.grid import working_dtype
 from jaxquant.quant.packing import unpack
 
@@ -45,5 +46,6 @@ def dequant_matmul(
         words.reshape(tiles, per_tile, *words.shape[1:]),
         group_of_block.reshape(tiles, per_tile),
     )
-    acc, _ = jax.lax.scan(add_tile, jnp.zeros((x.shape[0], out), wide), tiled)
+    start, *_ = varying_alike(jnp.zeros((x.shape[0], out), wide), x, words, scale, zero)
+    acc, _ = jax.lax.scan(add_tile, start, tiled)
     return acc.astype(x.dtype)

@@ -1,0 +1,207 @@
+"""Pallas for TPU: words are unpacked and dequantized in VMEM, and HBM holds nothing but the packed weight."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int, UInt
+
+from jaxquant.kernels.platform import Kernel
+from jaxquant.quant.packing import planes
+
+# Of 16 MiB of VMEM, which is what v4 has and what the compiler grants on every chip: a tile of the weight
+# (`_IN` x `_OUT`) takes 2 MiB in bfloat16, sums and products 2 MiB each, two copies of x, y and words 5 MiB.
+_IN, _OUT = 1024, 1024
+_TILE_BYTES = 2 * _IN * _OUT
+_ROW_BYTES = 1024
+_LANES, _SUBLANES = 128, 8
+
+
+class _Tiles(NamedTuple):
+    rows: int
+    blocks: int
+    out: int
+    groups: int
+
+
+def dequant_matmul(
+    x: Float[Array, "rows in"],
+    words: UInt[Array, "blocks words out"],
+    scale: Float[Array, "groups out"],
+    zero: Float[Array, "groups out"],
+    *,
+    bits: int,
+    block: int,
+    interpret: Any = False,
+) -> Float[Array, "rows out"]:
+    """`y = sum_t x[:, t] @ (scale_t * (code_t - zero_t))` over tiles t; shapes as in `reference`.
+
+    The grid runs over tiles of rows, outputs and inputs. A tile of the weight is dequantized in float32,
+    rounded to the dtype of `x` and multiplied on the MXU, in full precision where x is float32; sums are
+    float32.
+
+    Args:
+      interpret: as in `pallas_call`: how to run where there is no TPU.
+    """
+    rows, channels = x.shape
+    blocks, depth, out = words.shape
+    groups = scale.shape[0]
+    tiles = _tiles(rows, blocks, block, out, groups, x.dtype.itemsize)
+    width = tiles.blocks * block
+    grid = (pl.cdiv(rows, tiles.rows), pl.cdiv(out, tiles.out), blocks // tiles.blocks)
+    whole = tiles.groups == groups
+    per_group = pl.BlockSpec((tiles.groups, tiles.out), lambda i, j, k: (0 if whole else k, j))
+    scale, zero = map(_bits_of_half, (scale, zero))
+    passes = x.nbytes * grid[1] + (words.nbytes + scale.nbytes + zero.nbytes) * grid[0]
+    return pl.pallas_call(
+        functools.partial(_kernel, bits=bits, block=block, blocks_per_group=blocks // groups, whole=whole),
+        out_shape=jax.ShapeDtypeStruct((rows, out), x.dtype),
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((tiles.rows, width), lambda i, j, k: (i, k)),
+            pl.BlockSpec((tiles.blocks, depth, tiles.out), lambda i, j, k: (k, 0, j)),
+            per_group,
+            per_group,
+        ],
+        out_specs=pl.BlockSpec((tiles.rows, tiles.out), lambda i, j, k: (i, j)),
+        scratch_shapes=[
+            *[pltpu.VMEM((tiles.groups, tiles.out), jnp.float32)] * 2,
+            pltpu.VMEM((tiles.blocks, block, tiles.out), x.dtype),
+            pltpu.VMEM((tiles.rows, tiles.out), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * channels * out + 2 * channels * out * grid[0],
+            bytes_accessed=passes + rows * out * x.dtype.itemsize,
+            transcendentals=0,
+        ),
+        interpret=interpret,
+        name="dequant_matmul",
+    )(x, words, scale, zero)
+
+
+def _refuses(x: Any, words: Any, scale: Any, zero: Any, *, bits: int, block: int) -> str:
+    tile = _in_blocks(words.shape[0], block) * block * _LANES * x.dtype.itemsize
+    taken = (
+        x.dtype in (jnp.bfloat16, jnp.float32)
+        and min(x.shape[0], *words.shape) > 0
+        and block % _SUBLANES == 0
+        and tile <= _TILE_BYTES
+    )
+    return (
+        ""
+        if taken
+        else (
+            f"it takes nonempty bfloat16 or float32 x and blocks of a multiple of 8 rows, not {x.dtype} of "
+            f"{x.shape} and {words.shape[0]} blocks of {block}"
+        )
+    )
+
+
+KERNEL = Kernel(dequant_matmul, _refuses)
+
+
+def _tiles(rows: int, blocks: int, block: int, out: int, groups: int, itemsize: int) -> _Tiles:
+    in_blocks = _in_blocks(blocks, block)
+    in_groups = in_blocks * groups // blocks
+    # A block of an array is whole or made of whole registers.
+    cut = in_groups % _SUBLANES == 0 and in_groups * blocks == in_blocks * groups
+    widest = min(_OUT, _TILE_BYTES // (in_blocks * block * itemsize) // _LANES * _LANES)
+    return _Tiles(
+        rows=_even(rows, _ROW_BYTES // itemsize, 2 * _SUBLANES),
+        blocks=in_blocks,
+        out=_even(out, widest, _LANES),
+        groups=in_groups if cut else groups,
+    )
+
+
+def _in_blocks(blocks: int, block: int) -> int:
+    """The most blocks of up to `_IN` rows that divide all and begin at whole lanes of x; else all blocks."""
+    fitting = [d for d in range(1, _IN // block + 1) if blocks % d == 0 and d * block % _LANES == 0]
+    return max(fitting, default=blocks)
+
+
+def _even(size: int, largest: int, unit: int) -> int:
+    """Length of a tile so that as few as possible cover `size`, about equally long, in whole units."""
+    if size <= largest:
+        return size
+    return math.ceil(size / math.ceil(size / largest) / unit) * unit
+
+
+def _bits_of_half(a: Array) -> Array:
+    # No vector unit of a TPU knows float16, and widened in HBM small groups would double what is read.
+    return jax.lax.bitcast_convert_type(a, jnp.int16) if a.dtype == jnp.float16 else a.astype(jnp.float32)
+
+
+def _widened(a: Array) -> Array:
+    """float32 of the bits of float16, in integers: exact, with subnormals, infinities and NaN."""
+    if a.dtype == jnp.float32:
+        return a
+    half = a.astype(jnp.int32)
+    exponent, fraction = (half >> 10) & 31, half & 1023
+    bias = jnp.where(exponent == 31, 224, 112) << 23
+    normal = jax.lax.bitcast_convert_type(((half & 0x7FFF) << 13) + bias, jnp.float32)
+    magnitude = jnp.where(exponent == 0, fraction.astype(jnp.float32) * 2.0**-24, normal)
+    return jnp.where(half < 0, -magnitude, magnitude)
+
+
+def _codes(words: Int[Array, "words out"], bits: int, rows: int, word_bits: int) -> Int[Array, "rows out"]:
+    """`quant.packing.unpack` in int32: shifts of narrower integers do not compile everywhere."""
+    codes, start, shift = [], 0, 0
+    for plane in planes(bits):
+        per_word = word_bits // plane
+        depth = -(-rows // per_word)
+        part = words[start : start + depth]
+        fields = [(part >> (k * plane)) & (2**plane - 1) for k in range(per_word)]
+        codes.append(jnp.concatenate(fields, axis=0)[:rows] << shift)
+        start, shift = start + depth, shift + plane
+    return functools.reduce(jnp.bitwise_or, codes)
+
+
+def _kernel(
+    x_ref: Any,  # [rows, in]
+    words_ref: Any,  # [blocks, words, out]
+    scale_ref: Any,  # [groups, out], float32 or bits of float16
+    zero_ref: Any,
+    y_ref: Any,  # [rows, out]
+    wide_scale_ref: Any,  # [groups, out] float32
+    wide_zero_ref: Any,
+    weight_ref: Any,  # [blocks, block, out]
+    sum_ref: Any,  # [rows, out] float32
+    *,
+    bits: int,
+    block: int,
+    blocks_per_group: int,
+    whole: bool,
+) -> None:
+    step = pl.program_id(2)
+    blocks = words_ref.shape[0]
+
+    @pl.when(step == 0)
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    wide_scale_ref[...], wide_zero_ref[...] = _widened(scale_ref[...]), _widened(zero_ref[...])
+
+    @pl.loop(0, blocks)
+    def _(b: Array) -> None:
+        # `//` would ask for the sign, and the lowering of that for the chip at hand.
+        group = pl.ds(jax.lax.div(b + step * blocks if whole else b, np.int32(blocks_per_group)), 1)
+        word_bits = jnp.iinfo(words_ref.dtype).bits
+        codes = _codes(words_ref[b].astype(jnp.int32), bits, block, word_bits).astype(jnp.float32)
+        weight_ref[b] = ((codes - wide_zero_ref[group]) * wide_scale_ref[group]).astype(weight_ref.dtype)
+
+    exact = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    weight = weight_ref[...].reshape(blocks * block, -1)
+    sum_ref[...] += jnp.dot(x_ref[...], weight, precision=exact, preferred_element_type=jnp.float32)
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _():
+        y_ref[...] = sum_ref[...].astype(y_ref.dtype)

@@ -1,0 +1,155 @@
+"""Operations with another implementation on some platforms: what they have in common but for their values."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array
+
+from jaxquant.errors import UsageError
+
+#: Who computes an operation: the portable implementation, or the kernel of the platform.
+Backend: TypeAlias = Literal["portable", "kernel"]
+BACKENDS = ("portable", "kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """An implementation for one platform.
+
+    Attributes:
+      call: the signature of the portable implementation.
+      refuses: why it does not take arrays of these shapes and dtypes, of which it is given the avals and the
+        keywords; "" where it does.
+    """
+
+    call: Callable[..., Array]
+    refuses: Callable[..., str]
+
+
+def by_platform(
+    portable: Callable[..., Array], kernels: Mapping[str, Kernel], *, rows: int
+) -> Callable[..., Array]:
+    """`portable(*arrays, **layout)`, computed by a kernel where one takes the arrays.
+
+    It is a primitive, since no device is asked while tracing: the choice is made where a program is lowered.
+    In all but its value it is `portable`: derivatives of any order, programs for several devices that XLA
+    divides by itself (inside `jax.shard_map` kernels run), and `jax.export` for CPUs, whose kernels are not
+    part of a program. `jax.vmap` over the first `rows` arrays makes more rows of one call, over others loops.
+
+    Args:
+      portable: its name is that of the primitive.
+      kernels: by platform: `"cpu"`, `"tpu"`, `"cuda"`.
+      rows: the number of leading arrays whose first axis is rows of the result.
+
+    Returns:
+      The function, with another keyword `backend`: `"portable"` spares the kernels, `"kernel"` raises
+      UsageError where there is none. `None`: the kernel where there is one.
+    """
+    primitive = Primitive(f"{portable.__name__}_by_platform")
+
+    def bind(*arrays: Array, backend: Backend | None = None, **layout: Any) -> Array:
+        if backend not in (None, *BACKENDS):
+            raise UsageError(f"unknown backend {backend!r}; use {', '.join(BACKENDS)} or None")
+        if backend == "portable":
+            return portable(*arrays, **layout)
+        return primitive.bind(*varying_alike(*arrays), backend=backend, **layout)
+
+    def shape(*avals: Any, backend: Backend | None, **layout: Any) -> Any:
+        inputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+        result = jax.eval_shape(functools.partial(portable, **layout), *inputs)
+        return avals[0].update(shape=result.shape, dtype=result.dtype, weak_type=False)
+
+    def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], *, backend: Any, **layout: Any) -> Any:
+        moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+        moving = [i for i in moving if jnp.issubdtype(primals[i].dtype, jnp.floating)]
+
+        def of_moving(*values: Array) -> Array:
+            arrays = list(primals)
+            for i, value in zip(moving, values, strict=True):
+                arrays[i] = value
+            return portable(*arrays, **layout)
+
+        _, tangent = jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+        return bind(*primals, backend=backend, **layout), tangent
+
+    def batch(arrays: tuple[Array, ...], axes: tuple[int | None, ...], **params: Any) -> tuple[Array, int]:
+        size = next(a.shape[i] for a, i in zip(arrays, axes, strict=True) if i is not None)
+        front = [a if i is None else jnp.moveaxis(a, i, 0) for a, i in zip(arrays, axes, strict=True)]
+        if all(axis is None for axis in axes[rows:]):
+            own = [
+                a if axis is not None else jnp.broadcast_to(a, (size, *a.shape))
+                for a, axis in zip(front[:rows], axes[:rows], strict=True)
+            ]
+            y = bind(*(a.reshape(-1, *a.shape[2:]) for a in own), *front[rows:], **params)
+            return y.reshape(size, -1, *y.shape[1:]), 0
+        stacked = [a for a, axis in zip(front, axes, strict=True) if axis is not None]
+
+        def one(slices: list[Array]) -> Array:
+            left = iter(slices)
+            return bind(
+                *(a if axis is None else next(left) for a, axis in zip(front, axes, strict=True)), **params
+            )
+
+        return jax.lax.map(one, stacked), 0
+
+    def lower(platform: str | None) -> Callable[..., Any]:
+        lower_portable = mlir.lower_fun(portable, multiple_results=False)
+        kernel = kernels.get(platform or "")
+        lower_kernel = kernel and mlir.lower_fun(kernel.call, multiple_results=False)
+
+        def rule(context: mlir.LoweringRuleContext, *operands: Any, backend: Any, **layout: Any) -> Any:
+            reason = "there is none for this platform"
+            if kernel and lower_kernel:
+                reason = _cannot_hold_calls(context.module_context, platform) or kernel.refuses(
+                    *context.avals_in, **layout
+                )
+                if not reason:
+                    return lower_kernel(context, *operands, **layout)
+            if backend == "kernel":
+                raise UsageError(f"{portable.__name__}: no kernel, since {reason}; use backend='portable'")
+            return lower_portable(context, *operands, **layout)
+
+        return rule
+
+    @functools.cache
+    def compiled(**params: Any) -> Callable[..., Array]:
+        return jax.jit(functools.partial(bind, **params))
+
+    primitive.def_impl(lambda *arrays, **params: compiled(**params)(*arrays))
+    primitive.def_abstract_eval(shape)
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, lower(None))
+    for platform in kernels:
+        mlir.register_lowering(primitive, lower(platform), platform=platform)
+    return bind
+
+
+def varying_alike(*arrays: Array) -> list[Array]:
+    """The arrays, all varying over the axes of a `shard_map` that one of them varies over."""
+    axes = [jax.typeof(a).mat.varying for a in arrays]
+    union = frozenset().union(*axes)
+    return [
+        a if own == union else jax.lax.pcast(a, tuple(union - own), to="varying")
+        for a, own in zip(arrays, axes, strict=True)
+    ]
+
+
+def _cannot_hold_calls(module: Any, platform: str | None) -> str:
+    if platform == "cpu" and module.lowering_parameters.for_export:
+        return "an exported program cannot hold a kernel for CPUs"
+    context = module.axis_context
+    names = getattr(context, "manual_axes", None)
+    if names is None:
+        divided = getattr(context, "num_devices", 1) not in (1, None)
+    else:
+        divided = names != frozenset(context.mesh.axis_names)
+    return "XLA does not divide a call: run it inside jax.shard_map" if divided else ""
