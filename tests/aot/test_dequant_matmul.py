@@ -1,0 +1,27 @@
+"""The real TPU compilers take the kernel, and what they need in memory is the packed weight."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+CHIPS = ["v4", "v5e", "v5p", "v6e", "tpu7x"]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_memory_is_that_of_the_packed_weight(chip, tpu_programs):
+    rows = [row for row in tpu_programs(chip) if row["how"] == "pallas"]
+    assert {row["bits"] for row in rows} == {2, 3, 4, 8}
+    for row in rows:
+        assert row["calls"] == 1, row
+        assert row["temp_bytes"] < 0.05 * row["bf16_bytes"], row
+        # Registers are 8 x 128: of SmolLM2 576 outputs take 640 and 9 groups 16.
+        padding = 1.2 if row["linear"].startswith("SmolLM2") else 1.05
+        assert row["argument_bytes"] < padding * row["packed_bytes"], row
+
+
+def test_the_plain_product_materializes_the_weight(tpu_programs):
+    """Why there is a kernel: XLA does not fuse the same expression over an int4 or int2 array."""
+    rows = [row for row in tpu_programs("v6e") if row["how"] == "jnp"]
+    assert all(row["temp_bytes"] > row["bf16_bytes"] for row in rows)

@@ -1,0 +1,155 @@
+"""The TPU kernel, interpreted and lowered where there is no TPU; tests/aot compiles it."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxquant.errors import UsageError
+from jaxquant.kernels.dequant_matmul import dequant_matmul, reference, scan, tpu
+from jaxquant.quant import pack
+
+
+def problem(
+    rows, groups, blocks_per_group, block, out, bits, *, word_dtype=jnp.uint8, scale_dtype=jnp.float16
+):
+    rng = np.random.default_rng(rows * out + bits)
+    blocks = groups * blocks_per_group
+    codes = jnp.asarray(rng.integers(0, 2**bits, (blocks, block, out)), jnp.uint8)
+    scale = jnp.asarray(rng.uniform(0.5, 2, (groups, out)), scale_dtype)
+    zero = jnp.asarray(rng.integers(0, 2**bits, (groups, out)), scale_dtype)
+    x = jnp.asarray(rng.standard_normal((rows, blocks * block)), jnp.float32)
+    return x, pack(codes, bits, word_dtype=word_dtype), scale, zero
+
+
+def assert_close(y, x, words, scale, zero, *, bits, block):
+    exact = reference.dequant_matmul(x.astype(jnp.float32), words, scale, zero, bits=bits, block=block)
+    tolerance = 1e-5 if x.dtype == jnp.float32 else 1e-2
+    atol = tolerance * float(jnp.max(jnp.abs(exact)))
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=0, atol=atol)
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 20),
+    blocks_per_group=st.integers(1, 3),
+    block=st.sampled_from([8, 24, 32, 64, 96, 128]),
+    out=st.integers(1, 300),
+    bits=st.integers(1, 8),
+    word_dtype=st.sampled_from([jnp.uint8, jnp.uint32]),
+    scale_dtype=st.sampled_from([jnp.float16, jnp.float32]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+)
+def test_equals_reference(
+    rows, groups, blocks_per_group, block, out, bits, word_dtype, scale_dtype, dtype
+):  # fmt: skip
+    shape = (rows, groups, blocks_per_group, block, out, bits)
+    x, *weight = problem(*shape, word_dtype=word_dtype, scale_dtype=scale_dtype)
+    x = x.astype(dtype)
+    y = tpu.dequant_matmul(x, *weight, bits=bits, block=block, interpret=True)
+    assert_close(y, x, *weight, bits=bits, block=block)
+
+
+# A ragged block of everything; several tiles of every axis, the last ones ragged, with scales cut and whole.
+CASES = {
+    "one tile": ((3, 2, 1, 24, 40, 3), jnp.float32),
+    "scales cut": ((530, 16, 1, 128, 1100, 4), jnp.bfloat16),
+    "scales whole": ((300, 3, 8, 64, 1030, 2), jnp.float32),
+    "per channel": ((1, 1, 12, 128, 1537, 8), jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c != "one tile")) for c in CASES]
+)
+@pytest.mark.parametrize("hardware", [False, True])
+def test_tiles_and_races(case, hardware):
+    """On `hardware` memory is emulated: unsynchronized accesses raise, fresh memory reads as NaN."""
+    shape, dtype = CASES[case]
+    x, *weight = problem(*shape)
+    x, options = x.astype(dtype), {"bits": shape[-1], "block": shape[3]}
+    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan") if hardware else True
+    y = tpu.dequant_matmul(x, *weight, **options, interpret=interpret)
+    assert_close(y, x, *weight, **options)
+
+
+def test_every_float16_is_widened_exactly():
+    every = jnp.arange(2**16, dtype=jnp.uint16)
+    half = jax.lax.bitcast_convert_type(every, jnp.float16)
+    finite = np.isfinite(np.asarray(half))
+    widened = np.asarray(tpu._widened(tpu._bits_of_half(half)))
+    np.testing.assert_array_equal(widened[finite], np.asarray(half, np.float32)[finite])
+    np.testing.assert_array_equal(np.isfinite(widened), finite)
+    np.testing.assert_array_equal(np.isnan(widened), np.isnan(np.asarray(half, np.float32)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [1, 600])
+def test_lowers_to_one_call(bits, rows):
+    """Mosaic verifies blocks and operations; the default backend is the kernel there, and is not here."""
+    x, *weight = problem(rows, 16, 1, 128, 1100, bits)
+    product = jax.jit(functools.partial(dequant_matmul, bits=bits, block=128))
+    traced = product.trace(x.astype(jnp.bfloat16), *weight)
+    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call") == 1
+    assert "@tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_lowers_under_vmap_and_scan():
+    x, *weight = problem(2, 2, 1, 32, 128, 4)
+    stacked = [jnp.stack([a, a]) for a in weight]
+    product = functools.partial(dequant_matmul, bits=4, block=32)
+    for f in (
+        jax.vmap(product, in_axes=(None, 0, 0, 0)),
+        lambda x, *w: jax.lax.scan(lambda c, layer: (c, product(c, *layer)), x, w),
+    ):
+        text = jax.jit(f).trace(x, *stacked).lower(lowering_platforms=("tpu",)).as_text()
+        assert text.count("@tpu_custom_call") == 1
+
+
+@pytest.mark.slow
+def test_derivatives_are_those_of_the_scan(monkeypatch):
+    """To second order and in both modes, inside a scan over layers."""
+    x, words, scale, zero = problem(2, 2, 1, 32, 64, 4, scale_dtype=jnp.float32)
+    monkeypatch.setattr(tpu, "dequant_matmul", functools.partial(tpu.dequant_matmul, interpret=True))
+
+    def loss(backend, x, scale, zero):
+        def layer(x, weight):
+            product = dequant_matmul(x, words, *weight, bits=4, block=32, backend=backend)
+            return jnp.sin(product / 50), None
+
+        return jnp.sum(jax.lax.scan(layer, x, (jnp.stack([scale] * 2), jnp.stack([zero] * 2)))[0])
+
+    def second(backend):
+        gradient = jax.grad(functools.partial(loss, backend), argnums=(0, 1, 2))
+        directions = (jnp.ones_like(x), jnp.ones_like(scale), jnp.ones_like(zero))
+
+        def slope(*a):
+            return sum(jnp.vdot(g, d) for g, d in zip(gradient(*a), directions, strict=True))
+
+        forward_over_reverse = jax.jvp(gradient, (x, scale, zero), directions)
+        return forward_over_reverse, jax.grad(slope, argnums=(0, 1, 2))(x, scale, zero)
+
+    for own, other in zip(
+        *(jax.tree.leaves(jax.jit(second, static_argnums=0)(b)) for b in ("tpu", "scan")), strict=True
+    ):
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-4 * float(jnp.abs(other).max()))
+
+
+def test_what_the_kernel_does_not_take_is_scanned():
+    x, *weight = problem(2, 3, 1, 9, 40, 3)
+    with pytest.raises(UsageError, match=r"blocks of a multiple of 8 rows, not float32 and 3 blocks of 9"):
+        dequant_matmul(x, *weight, bits=3, block=9, backend="tpu")
+    with pytest.raises(UsageError, match="unknown backend 'cuda'; use scan, tpu or None"):
+        dequant_matmul(x, *weight, bits=3, block=9, backend="cuda")
+    np.testing.assert_array_equal(
+        dequant_matmul(x, *weight, bits=3, block=9), scan.dequant_matmul(x, *weight, bits=3, block=9)
+    )
