@@ -118,6 +118,7 @@ def environment() -> dict[str, str]:
     facts = {
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what it keeps can be loaded on a TPU only
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compilers share a host, devices would not
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",

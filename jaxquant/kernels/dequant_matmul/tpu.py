@@ -17,7 +17,8 @@ from jaxquant.kernels.platform import Kernel
 from jaxquant.quant.packing import planes
 
 # Of 16 MiB of VMEM, which is what v4 has and what the compiler grants on every chip: a tile of the weight
-# (`_IN` x `_OUT`) takes 2 MiB in bfloat16, sums and products 2 MiB each, two copies of x, y and words 5 MiB.
+# (`_IN` x `_OUT`) takes 2 MiB in bfloat16, sums and products 2 MiB each, two copies of x, y and words up to
+# 6 MiB.
 _IN, _OUT = 1024, 1024
 _TILE_BYTES = 2 * _IN * _OUT
 _ROW_BYTES = 1024
