@@ -67,7 +67,7 @@ def compile_all(chip: str) -> list[dict]:
             name,
             bits,
             tokens,
-            backend or "pallas",
+            {None: "pallas", "portable": "scan"}[backend],
             bits / 8 * rows * out,
             words,
             per_group,
@@ -108,7 +108,7 @@ def compile_all(chip: str) -> list[dict]:
     rows += [packed(name, 4, PREFILL, None) for name in LINEARS]
     if chip == "v6e":
         for tokens in (1, PREFILL):
-            rows += [packed("8B up", bits, tokens, "scan") for bits in (2, 3, 4)]
+            rows += [packed("8B up", bits, tokens, "portable") for bits in (2, 3, 4)]
             rows += [unpacked("8B up", bits, tokens) for bits in (2, 4)]
     return rows
 

@@ -215,7 +215,8 @@ def test_kernels_run_inside_shard_map():
         ))
         near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
         near(mapped(x, *weight), multiply(x, *weight))
-        near(*(jax.grad(lambda s: f(x, weight[0], s, weight[2]).sum())(weight[1]) for f in (mapped, multiply)))
+        slope = lambda f: jax.grad(lambda s: f(x, weight[0], s, weight[2]).sum())(weight[1])
+        near(slope(mapped), slope(multiply))
         target = "jaxquant_dequant_matmul"
         usable = not cpu.KERNEL.refuses(x, *weight, bits=4, block=q.block)
         assert (target in mapped.lower(x, *weight).as_text()) == usable

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.errors import UsageError
-from jaxquant.kernels.dequant_matmul import dequant_matmul, reference, scan, tpu
+from jaxquant.kernels.dequant_matmul import dequant_matmul, reference, tpu
 from jaxquant.quant import pack
 
 
@@ -115,44 +115,11 @@ def test_lowers_under_vmap_and_scan():
         assert text.count("@tpu_custom_call") == 1
 
 
-@pytest.mark.slow
-def test_derivatives_are_those_of_the_scan(monkeypatch):
-    """To second order and in both modes, inside a scan over layers."""
-    x, words, scale, zero = problem(2, 2, 1, 32, 64, 4, scale_dtype=jnp.float32)
-    monkeypatch.setattr(tpu, "dequant_matmul", functools.partial(tpu.dequant_matmul, interpret=True))
-
-    def loss(backend, x, scale, zero):
-        def layer(x, weight):
-            product = dequant_matmul(x, words, *weight, bits=4, block=32, backend=backend)
-            return jnp.sin(product / 50), None
-
-        return jnp.sum(jax.lax.scan(layer, x, (jnp.stack([scale] * 2), jnp.stack([zero] * 2)))[0])
-
-    def second(backend):
-        gradient = jax.grad(functools.partial(loss, backend), argnums=(0, 1, 2))
-        directions = (jnp.ones_like(x), jnp.ones_like(scale), jnp.ones_like(zero))
-
-        def slope(*a):
-            return sum(jnp.vdot(g, d) for g, d in zip(gradient(*a), directions, strict=True))
-
-        forward_over_reverse = jax.jvp(gradient, (x, scale, zero), directions)
-        return forward_over_reverse, jax.grad(slope, argnums=(0, 1, 2))(x, scale, zero)
-
-    for own, other in zip(
-        *(jax.tree.leaves(jax.jit(second, static_argnums=0)(b)) for b in ("tpu", "scan")), strict=True
-    ):
-        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-4 * float(jnp.abs(other).max()))
-
-
 def test_what_the_kernel_does_not_take_is_scanned():
     x, *weight = problem(2, 3, 1, 9, 40, 3)
-    with pytest.raises(
-        UsageError, match=r"blocks of a multiple of 8 rows, not float32 of .* and 3 blocks of 9"
-    ):
-        dequant_matmul(x, *weight, bits=3, block=9, backend="tpu")
-    with pytest.raises(UsageError, match="unknown backend 'cuda'; use scan, tpu or None"):
-        dequant_matmul(x, *weight, bits=3, block=9, backend="cuda")
+    product = jax.jit(functools.partial(dequant_matmul, bits=3, block=9))
+    assert "@tpu_custom_call" not in product.trace(x, *weight).lower(lowering_platforms=("tpu",)).as_text()
+    insisting = jax.jit(functools.partial(dequant_matmul, bits=3, block=9, backend="kernel"))
+    with pytest.raises(UsageError, match=r"blocks of a multiple of 8 rows, not float32 of .* 3 blocks of 9"):
+        insisting.trace(x, *weight).lower(lowering_platforms=("tpu",))
     assert dequant_matmul(x[:0], *weight, bits=3, block=9).shape == (0, 40)
-    np.testing.assert_array_equal(
-        dequant_matmul(x, *weight, bits=3, block=9), scan.dequant_matmul(x, *weight, bits=3, block=9)
-    )
