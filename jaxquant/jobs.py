@@ -18,6 +18,7 @@ from jaxquant.evaluate import generate as continue_tokens
 from jaxquant.evaluate.task_data import load_items
 from jaxquant.io import LoadedModel, checkpoint, load_model
 from jaxquant.io.source import Source
+from jaxquant.kernels import check_backend, use_backend
 from jaxquant.models.config import ModelConfig
 from jaxquant.pipeline import quantize_model
 from jaxquant.plan import token_cost
@@ -26,6 +27,7 @@ from jaxquant.recipe import Recipe
 from jaxquant.records import Event, read_rows
 from jaxquant.report import write_report
 from jaxquant.smoothness import Tree, smoothness_comparison
+from jaxquant.speed import measure_speed
 from jaxquant.texts import check_seqlen
 from jaxquant.train import Training, train_model
 from jaxquant.train.loop import METRICS
@@ -287,6 +289,20 @@ def generate(
         model.params, config, tokens, max_tokens=max_tokens, temperature=temperature, key=jax.random.key(seed)
     )
     return {"prompt": prompt, "text": model.tokenizer.decode(new), "tokens": len(new)}
+
+
+def bench(name: str, *, prompt: int, tokens: int, repeats: int, backend: str | None = None) -> dict[str, Any]:
+    """`measure_speed` of a model or quantized folder, and its name.
+
+    Raises:
+      UsageError: an unknown backend, or `"kernel"` where one is missing.
+      InputError: a prompt and tokens longer than the model's context.
+    """
+    check_backend(backend)
+    model = load_model(name)
+    with use_backend(backend):
+        speed = measure_speed(model.params, model.config, prompt=prompt, tokens=tokens, repeats=repeats)
+    return {"model": name, "backend": backend, **speed}
 
 
 def inspect(folder: Path) -> dict[str, Any]:

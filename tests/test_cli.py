@@ -153,6 +153,20 @@ def test_smoothness_against_the_original(run, quantized, text):
     assert "this model takes 2 to 512 tokens" in err
 
 
+def test_bench_prints_speeds_and_bytes(run):
+    arguments = ("bench", "tiny", "--prompt", "8", "--tokens", "2", "--repeats", "1")
+    code, out, _ = run(*arguments, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert {"prefill_tokens_per_second", "decode_tokens_per_second", "bytes_per_token"} < set(result)
+    code, out, _ = run(*arguments, "--backend", "portable")
+    assert code == 0
+    assert "tokens/s" in out
+    code, _, err = run(*arguments, "--backend", "cuda")
+    assert code == 2
+    assert "use portable or kernel" in err
+
+
 def test_generate_is_deterministic(run, quantized):
     command = ["generate", quantized[0], "--prompt", "The river", "--max-tokens", 8, "--json"]
     greedy = [json.loads(run(*command)[1]) for _ in range(2)]

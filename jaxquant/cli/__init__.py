@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from jaxquant.cli.allocate import allocate
+from jaxquant.cli.bench import bench
 from jaxquant.cli.evaluate import evaluate, generate
 from jaxquant.cli.quantize import demo, inspect, quantize
 from jaxquant.cli.smoothness import smoothness
@@ -41,7 +42,7 @@ app = typer.Typer(
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (resumable).""",
 )
 
-for command in (quantize, allocate, train, evaluate, smoothness, generate, inspect, demo):
+for command in (quantize, allocate, train, evaluate, smoothness, generate, bench, inspect, demo):
     app.command()(command)
 
 

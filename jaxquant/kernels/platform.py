@@ -19,6 +19,10 @@ from jaxquant.errors import UsageError
 Backend: TypeAlias = Literal["portable", "kernel"]
 BACKENDS = ("portable", "kernel")
 
+#: A context that chooses for all operations inside: `with use_backend("portable"): ...`. Programs that were
+#: compiled under another choice are not used.
+use_backend: Any = jax.make_user_context(None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -32,6 +36,12 @@ class Kernel:
 
     call: Callable[..., Array]
     refuses: Callable[..., str]
+
+
+def check_backend(backend: str | None) -> None:
+    """UsageError for one that is not there."""
+    if backend not in (None, *BACKENDS):
+        raise UsageError(f"unknown backend {backend!r}; use {' or '.join(BACKENDS)}, or leave it out")
 
 
 def by_platform(
@@ -51,13 +61,13 @@ def by_platform(
 
     Returns:
       The function, with another keyword `backend`: `"portable"` spares the kernels, `"kernel"` raises
-      UsageError where there is none. `None`: the kernel where there is one.
+      UsageError where there is none. `None`: as `use_backend` says, else the kernel where there is one.
     """
     primitive = Primitive(f"{portable.__name__}_by_platform")
 
     def bind(*arrays: Array, backend: Backend | None = None, **layout: Any) -> Array:
-        if backend not in (None, *BACKENDS):
-            raise UsageError(f"unknown backend {backend!r}; use {', '.join(BACKENDS)} or None")
+        backend = use_backend.value if backend is None else backend
+        check_backend(backend)
         if backend == "portable":
             return portable(*arrays, **layout)
         return primitive.bind(*varying_alike(*arrays), backend=backend, **layout)

@@ -49,6 +49,23 @@ def print_plan(name: str, recipe: Recipe, plan: Plan) -> None:
     )
 
 
+def print_speed(result: dict[str, Any]) -> None:
+    """The result of `jobs.bench`."""
+    read, written = (result[f"{part}_tokens_per_second"] for part in ("prefill", "decode"))
+    size = {key: human_bytes(result[key]) for key in ("bytes_per_token", "weight_bytes", "cache_bytes")}
+    seconds = result["compile_seconds"]
+    print(
+        f"{result['model']} on {result['device']}: reads {read:.1f} tokens/s ({result['prompt']} at once), "
+        f"writes {written:.1f} tokens/s"
+    )
+    print(
+        f"a token moves {size['bytes_per_token']} (weights {size['weight_bytes']}, cache "
+        f"{size['cache_bytes']}): {result['roofline']:.0%} of what memory allows at "
+        f"{human_bytes(result['bandwidth'])}/s"
+    )
+    print(f"compiled in {seconds['prefill']:.1f} s (prefill) and {seconds['decode']:.1f} s (decode)")
+
+
 def print_evaluation(result: dict[str, Any]) -> None:
     """The result of `jobs.evaluate`."""
     where = f"{result['text']}, {result['windows']} windows of {result['seqlen']}, {result['tokens']} tokens"

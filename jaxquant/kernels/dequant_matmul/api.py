@@ -33,8 +33,8 @@ def dequant_matmul(
       bits: 1 to 8.
       block: input rows in one packed block.
       backend: `"portable"` scans over tiles, everywhere; `"kernel"` is C++ on CPUs (`JAXQUANT_NATIVE=0` turns
-        it off), Pallas on TPUs. `None`: the kernel, where the program is lowered for such a platform and it
-        takes these arrays.
+        it off), Pallas on TPUs. `None`: as `kernels.use_backend` says, else the kernel, where the program is
+        lowered for such a platform and it takes these arrays.
 
     Raises:
       UsageError: an unknown backend, or `"kernel"` where there is none.
