@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from jaxquant.errors import InputError, UsageError
+from jaxquant.kernels.head_matmul import head_matmul
 from jaxquant.linalg import hadamard_transform
 from jaxquant.models.attention import attention
 from jaxquant.models.cache import KVCache
@@ -151,8 +152,7 @@ def reduce_taps(
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """`hidden @ head` (or the tied embedding), accumulated and returned in float32: `[..., V]`."""
     if config.tie_embeddings:
-        kernel = params["embed"].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        return head_matmul(hidden, params["embed"])
     return _matmul(hidden, params["head"], jnp.float32)
 
 
