@@ -27,19 +27,25 @@ _log = logging.getLogger(__name__)
 
 
 @functools.cache
-def _registered(source: Path, target: str, symbol: str) -> bool:
+def _registered(source: Path, targets: tuple[tuple[str, str], ...]) -> bool:
     library = load(source)
     if library is None:
         return False
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    for target, symbol in targets:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     return True
 
 
-def missing(source: Path, target: str, symbol: str) -> str:
-    """Why XLA cannot call `symbol` of a C++ file as `target`; "" where it can, after a build if need be."""
+def missing(source: Path, targets: tuple[tuple[str, str], ...]) -> str:
+    """Why XLA cannot call a C++ file; "" where it can, after a build if need be.
+
+    Args:
+      source: of the file.
+      targets: names for XLA, and the symbols of the file that they stand for.
+    """
     if os.environ.get("JAXQUANT_NATIVE") == "0":
         return "JAXQUANT_NATIVE is 0"
-    if not _registered(source, target, symbol):
+    if not _registered(source, targets):
         return (
             "it could not be built: it needs a C++ compiler (set CXX) and a cache folder that can be written "
             "(JAXQUANT_CACHE)"

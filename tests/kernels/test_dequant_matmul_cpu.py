@@ -164,12 +164,21 @@ def test_an_exported_program_holds_the_scan():
     close(exported.call(*arguments), expected)
 
 
-@pytest.mark.parametrize("case", ["rows", "words", "x", "scale"])
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(("bits", "out"), [(3, 600), (4, 509), (7, 600)])
+@pytest.mark.parametrize("scale_dtype", [jnp.float16, jnp.float32])
+def test_many_rows_multiply_tiles(monkeypatch, bits, out, scale_dtype):
+    monkeypatch.setattr(cpu, "_TILE", 120 * 200)
+    arguments, expected = problem(cpu.LARGEST_ROWS + 1, 6, 20, 2, out, bits, scale_dtype=scale_dtype)
+    multiply = jax.jit(functools.partial(dequant_matmul, bits=bits, block=20))
+    assert "jaxquant_dequantize" in multiply.lower(*arguments).as_text()
+    close(multiply(*arguments), expected)
+
+
+@pytest.mark.parametrize("case", ["words", "x", "scale"])
 def test_what_the_kernel_does_not_take(case):
     (x, words, scale, zero), expected = problem(1, 2, 16, 2, 20, 4)
-    if case == "rows":
-        x, expected = (jnp.repeat(a, cpu.LARGEST_ROWS + 1, axis=0) for a in (x, expected))
-    elif case == "words":
+    if case == "words":
         words, expected = jnp.zeros((2, 2, 20), jnp.uint32), np.zeros((1, 20))
         zero = jnp.zeros_like(zero)
     elif case == "x":

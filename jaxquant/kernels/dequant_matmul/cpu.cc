@@ -253,6 +253,18 @@ struct Tasks {
   }
 };
 
+template <typename F>
+void Run(ffi::ThreadPool& pool, int64_t count, const F& task) {
+  auto tasks = std::make_shared<Tasks>();
+  tasks->count = count;
+  for (int64_t i = 1; i < std::min(std::max<int64_t>(1, pool.num_threads()), count); ++i) {
+    // `task` is only used by those who got one, and for these the caller waits.
+    pool.Schedule([tasks, &task] { tasks->Work(task); });
+  }
+  tasks->Work(task);
+  while (tasks->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+}
+
 ffi::Error DequantMatmul(ffi::ThreadPool pool, int64_t bits, ffi::Buffer<ffi::F32> x,
                          ffi::Buffer<ffi::U8> words, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
                          ffi::ResultBuffer<ffi::F32> y) {
@@ -290,18 +302,74 @@ ffi::Error DequantMatmul(ffi::ThreadPool pool, int64_t bits, ffi::Buffer<ffi::F3
     Columns(p, &tiles[tile], std::min<int64_t>(kTaskTiles, tiles.size() - tile), first,
             std::min(last, p.out));
   };
-  auto tasks = std::make_shared<Tasks>();
-  tasks->count = count;
-  for (int64_t i = 1; i < std::min(threads, count); ++i) {
-    // `task` is only used by those who got one, and for these the caller waits.
-    pool.Schedule([tasks, &task] { tasks->Work(task); });
+  Run(pool, count, task);
+  return ffi::Error::Success();
+}
+
+// Columns first to last of one block: weight[k, n] = scale[n] (code[k, n] - zero[n]).
+void DequantizeBlock(const std::vector<Plane>& planes, const uint8_t* words, int64_t rows, int64_t out,
+                     const float* scale, const float* zero, int64_t columns, float* weight) {
+  for (int64_t k = 0; k < rows; ++k) {
+    const uint8_t* plane_words = words;
+    const uint8_t* sources[8];
+    int shifts[8], masks[8], places[8], count = 0;
+    for (const Plane& plane : planes) {
+      sources[count] = plane_words + k % plane.depth * out;
+      shifts[count] = static_cast<int>(k / plane.depth) * plane.bits;
+      masks[count] = (1 << plane.bits) - 1;
+      places[count++] = plane.shift;
+      plane_words += plane.depth * out;
+    }
+    float* row = weight + k * out;
+    int64_t n = 0;
+    for (; n + kLanes <= columns; n += kLanes) {
+      Ints code = {};
+      for (int p = 0; p < count; ++p) code |= ((Load(sources[p] + n) >> shifts[p]) & masks[p]) << places[p];
+      Floats s, z;
+      std::memcpy(&s, scale + n, sizeof(s));
+      std::memcpy(&z, zero + n, sizeof(z));
+      const Floats value = s * (__builtin_convertvector(code, Floats) - z);
+      std::memcpy(row + n, &value, sizeof(value));
+    }
+    for (; n < columns; ++n) {
+      int code = 0;
+      for (int p = 0; p < count; ++p) code |= ((sources[p][n] >> shifts[p]) & masks[p]) << places[p];
+      row[n] = scale[n] * (static_cast<float>(code) - zero[n]);
+    }
   }
-  tasks->Work(task);
-  while (tasks->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+}
+
+ffi::Error Dequantize(ffi::ThreadPool pool, int64_t bits, ffi::Buffer<ffi::U8> words, ffi::AnyBuffer scale,
+                      ffi::AnyBuffer zero, ffi::ResultBuffer<ffi::F32> weight) {
+  const int64_t blocks = words.dimensions()[0], depth = words.dimensions()[1], out = words.dimensions()[2];
+  const int64_t block = weight->dimensions()[1], blocks_of_group = blocks / scale.dimensions()[0];
+  const bool half = scale.element_type() == ffi::F16;
+  const std::vector<Plane> planes = PlanesOf(static_cast<int>(bits), block);
+  constexpr int64_t kStrip = 512;
+  const int64_t strips = (out + kStrip - 1) / kStrip;
+  auto task = [&](int64_t i) {
+    const int64_t b = i / strips, first = i % strips * kStrip, columns = std::min(kStrip, out - first);
+    float s[kStrip], z[kStrip];
+    const int64_t offset = b / blocks_of_group * out + first;
+    Widen(scale.untyped_data(), half, offset, columns, s);
+    Widen(zero.untyped_data(), half, offset, columns, z);
+    DequantizeBlock(planes, words.typed_data() + b * depth * out + first, block, out, s, z, columns,
+                    weight->typed_data() + b * block * out + first);
+  };
+  Run(pool, blocks * strips, task);
   return ffi::Error::Success();
 }
 
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxquantDequantize, Dequantize,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("bits")
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxquantDequantMatmul, DequantMatmul,
                               ffi::Ffi::Bind()
