@@ -1,10 +1,12 @@
 """Times decode with packed W4 weights by each backend against dense float32 and torch: in turn, in one run.
 
-    python experiments/bench/decode.py [--repeats 15] [--threads 2]
+    python experiments/bench/decode.py [--repeats 15] [--threads 2] [--gguf FILE]
 
-Two cases: single linears with 1 and 16 rows of activations, and a token of a model of SmolLM2-135M's shape
-whose cache holds 128 tokens, head included (float32, tied, in all but the bfloat16 peer). Weights are random.
-Ratios are medians of paired times, dense float32 in JAX over the side named. Writes results/decode.json.
+Single linears with 1, 16 and 512 rows of activations; of a model of SmolLM2-135M's shape the token behind 128
+others, logits included, and 512 tokens at once with the logits of the last. Weights are random, packed ones
+4.5 bits with a float16 embedding. With llama-cpp-python and a GGUF file of that model, llama.cpp stands
+beside them (Q4_1: 5 bits). Ratios are medians of paired times, dense float32 in JAX over the side named.
+Writes results/decode.json.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.folder import versions
+from jaxquant.kernels import use_backend
 from jaxquant.kernels.dequant_matmul import dequant_matmul
 from jaxquant.models import decoder
 from jaxquant.models.cache import init_cache
@@ -39,8 +42,8 @@ from jaxquant.quant import Grid, quantize
 
 GRID = Grid(bits=4, group_size=64)
 LINEARS = [(4096, 4096), (576, 1536), (1536, 576)]
-ROWS = (1, 16)
-FILLED, SIZE = 128, 256
+ROWS = (1, 16, 512)
+FILLED, PROMPT, SIZE = 128, 512, 1024
 SMOLLM2 = ModelConfig(
     family="llama", query_scale=64**-0.5,
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
@@ -95,11 +98,14 @@ def linear_sides(inputs: int, outputs: int, rows: int) -> dict[str, Callable[[],
     return sides | {"torch_float32": product(torch.float32), "torch_bfloat16": product(torch.bfloat16)}
 
 
-def model_sides() -> dict[str, Callable[[], Any]]:
+def model_sides(length: int, gguf: str | None, threads: int) -> dict[str, Callable[[], Any]]:
+    """One token behind `FILLED` others, or `length` tokens into an empty cache."""
+    filled = FILLED if length == 1 else 0
     params = init_params(jax.random.key(0), SMOLLM2)
-    token = jnp.zeros((1, 1), jnp.int32)
-    prompt = jnp.zeros((1, FILLED), jnp.int32)
-    cache = decoder.forward(params, SMOLLM2, prompt, cache=init_cache(SMOLLM2, 1, SIZE)).cache
+    tokens = jnp.zeros((1, length), jnp.int32)
+    cache = init_cache(SMOLLM2, 1, filled + length)
+    if filled:
+        cache = decoder.forward(params, SMOLLM2, jnp.zeros((1, filled), jnp.int32), cache=cache).cache
     blocks = {
         part: {
             name: {"kernel": jax.vmap(lambda w: quantize(w, GRID))(linear["kernel"])}
@@ -107,23 +113,26 @@ def model_sides() -> dict[str, Callable[[], Any]]:
         }
         for part in ("attn", "mlp")
     }
-    packed = params | {"blocks": params["blocks"] | blocks}
+    packed = params | {"blocks": params["blocks"] | blocks, "embed": params["embed"].astype(jnp.float16)}
 
-    def step(params: Any, token: jax.Array, cache: Any) -> jax.Array:
-        return decoder.forward(params, SMOLLM2, token, cache=cache).logits
+    def step(params: Any, tokens: jax.Array, cache: Any) -> jax.Array:
+        hidden, _ = decoder.final_hidden(params, SMOLLM2, tokens, cache=cache)
+        return decoder.logits(params, SMOLLM2, hidden[:, -1])
 
     sides = {
-        "dense_float32": run_jax(step, params, token, cache),
-        "packed_kernel": run_jax(step, packed, token, cache),
+        "dense_float32": run_jax(step, params, tokens, cache),
+        "packed_kernel": run_jax(step, packed, tokens, cache),
     }
-    # The choice is made while a program is lowered.
-    os.environ["JAXQUANT_NATIVE"] = "0"
-    sides["packed_portable"] = run_jax(lambda *a: step(*a), packed, token, cache)
-    del os.environ["JAXQUANT_NATIVE"]
+    with use_backend("portable"):
+        sides["packed_portable"] = run_jax(step, packed, tokens, cache)
+    return sides | torch_sides(length, filled) | llama_sides(length, filled, gguf, threads)
+
+
+def torch_sides(length: int, filled: int) -> dict[str, Callable[[], Any]]:
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
-        return sides
+        return {}
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     def model(dtype: Any) -> Callable[[], Any]:
         config = LlamaConfig(
@@ -132,27 +141,49 @@ def model_sides() -> dict[str, Callable[[], Any]]:
             num_attention_heads=SMOLLM2.num_heads, num_key_value_heads=SMOLLM2.num_kv_heads,
         )  # fmt: skip
         llama = LlamaForCausalLM(config).to(dtype).eval()
+        past = DynamicCache(config=config)
         with torch.inference_mode():
-            past = llama(torch.zeros((1, FILLED), dtype=torch.long), use_cache=True).past_key_values
+            if filled:
+                llama(torch.zeros((1, filled), dtype=torch.long), past_key_values=past, use_cache=True)
 
         @torch.inference_mode()
         def step() -> Any:
-            logits = llama(torch.zeros((1, 1), dtype=torch.long), past_key_values=past, use_cache=True).logits
-            past.crop(-1)
+            tokens = torch.zeros((1, length), dtype=torch.long)
+            logits = llama(tokens, past_key_values=past, use_cache=True, logits_to_keep=1).logits
+            past.crop(-length)
             return logits
 
         return step
 
-    return sides | {"torch_float32": model(torch.float32), "torch_bfloat16": model(torch.bfloat16)}
+    return {"torch_float32": model(torch.float32), "torch_bfloat16": model(torch.bfloat16)}
+
+
+def llama_sides(length: int, filled: int, gguf: str | None, threads: int) -> dict[str, Callable[[], Any]]:
+    if gguf is None:
+        return {}
+    from llama_cpp import Llama
+
+    llama = Llama(gguf, n_ctx=SIZE, n_batch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False)
+    if filled:
+        llama.eval([1] * filled)
+
+    def step() -> None:
+        llama.n_tokens = filled  # it forgets what is behind that
+        llama.eval([1] * length)
+
+    return {"llama_cpp": step}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--threads", type=int, default=2, help="of torch and llama.cpp")
+    parser.add_argument("--gguf", help="the model for llama.cpp, which is left out without it")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    peers = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is not None]
+    peers = [
+        name for name in ("torch", "transformers", "llama_cpp") if importlib.util.find_spec(name) is not None
+    ]
     if "torch" in peers:
         import torch
 
@@ -162,7 +193,8 @@ def main() -> None:
         for inputs, outputs in LINEARS
         for rows in ROWS
     }
-    cases["a token of a SmolLM2-135M"] = model_sides
+    for name, length in (("a token", 1), (f"{PROMPT} tokens", PROMPT)):
+        cases[f"{name} of a SmolLM2-135M"] = functools.partial(model_sides, length, args.gguf, args.threads)
     results = {}
     for name, sides in cases.items():
         results[name] = interleaved(sides(), args.repeats)
@@ -171,7 +203,7 @@ def main() -> None:
         )
         print(f"{name}: {', '.join(times)}", flush=True)
     report = {
-        "setting": {"grid": str(GRID), "repeats": args.repeats, "torch_threads": args.threads},
+        "setting": {"grid": str(GRID), "repeats": args.repeats, "threads_of_peers": args.threads},
         "versions": versions() | {name: importlib.metadata.version(name) for name in peers},
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg()},
         "cases": results,
