@@ -154,8 +154,9 @@ def measure(
 ) -> Sensitivity:
     """Searches the calibration mixture and measures the table of `sensitivity.measure_sensitivity`.
 
-    Moments leave out the first token of a window, and so do those of the recipes that are kept. The moments
-    of all taps of all blocks are held for every text and for a mixture, 4 bytes a number: .4 GB each for
+    The search leaves out the first token of a window, whose massive activations are alike in all texts; the
+    recipes see it unless they mask it themselves, since attention rests on what it becomes. The moments of
+    all taps of all blocks are held for every text and for a mixture, 4 bytes a number: .4 GB each for
     SmolLM2-135M, 33 GB for an 8B model.
 
     Args:
@@ -173,7 +174,9 @@ def measure(
         raise UsageError(
             f"domains {', '.join(names) or 'none'}: give a task and a general text, of different names"
         )
-    recipes = {bits: dataclasses.replace(recipe, mask="first") for bits, recipe in recipes.items()}
+    masks = {recipe.mask for recipe in recipes.values()}
+    if len(masks) > 1:
+        raise UsageError(f"recipes mask {' and '.join(sorted(masks))} tokens; give all widths one mask")
     parts = {text.name: text.parts(source, items=items) for text in texts}
     domains = {name: domain for name, (domain, _, _) in parts.items()}
     tokenizer, config = source.tokenizer(), source.config
@@ -194,16 +197,20 @@ def measure(
             return read_sensitivity(path, source)
 
     params = load_params(source, "float32")
-    seen = functools.partial(model_moments, params, config, mask="first")
+
+    seen = functools.partial(model_moments, params, config)
 
     def short(text: str) -> np.ndarray:
         length = min(_WINDOW, token_ids(text, tokenizer, config).size)
         return eval_windows(text, tokenizer, config, seqlen=length, limit=items)
 
-    found = {name: seen(tokens) for name, tokens in calibration.items()}
     if stored is None:
-        target = np.mean([energy_traces(seen(short(text))) for _, text, _ in parts.values()], axis=0)
-        search = search_mixture(found, target)
+        target = np.mean(
+            [energy_traces(seen(short(text), mask="first")) for _, text, _ in parts.values()], axis=0
+        )
+        search = search_mixture(
+            {name: seen(own, mask="first") for name, own in calibration.items()}, np.mean(targets, axis=0)
+        )
         notes = {
             "texts": {text.name: text.source for text in texts},
             "shares": search.best,
@@ -218,8 +225,9 @@ def measure(
     else:
         # Another number of cores may round to another best share.
         notes = stored["notes"]
-    moments = mix(found, notes["shares"])
-    del found, seen, params  # another copy is loaded
+    (mask,) = masks
+    moments = mix({name: seen(own, mask=mask) for name, own in calibration.items()}, notes["shares"])
+    del seen, params  # another copy is loaded
     return measure_sensitivity(
         source, recipes, moments, domains, path, unit=unit, describe=describe, notes=notes, on_cell=on_cell
     )

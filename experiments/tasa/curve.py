@@ -86,9 +86,7 @@ COLORS = {
 
 def allocated(table: Sensitivity, method: Method, budget: float, draw: int = 0) -> Allocation | None:
     """Bits of every block; `None` where the budget leaves no block a higher width than others."""
-    recipes = {
-        bits: dataclasses.replace(named(method.recipe, GRIDS[bits]), mask="first") for bits in table.bits
-    }
+    recipes = {bits: named(method.recipe, GRIDS[bits]) for bits in table.bits}
     recipes = {str(bits): recipe.to_dict() for bits, recipe in recipes.items()}
     table = dataclasses.replace(table, facts={**table.facts, "recipes": recipes})
     found = allocation(table, budget, beta=BETAS.get(method.bits, 0.7))
