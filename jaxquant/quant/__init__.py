@@ -1,7 +1,8 @@
-"""What a quantized array is: grids (how), `QArray`, `MixedQArray`, `QActivation` (what), `packing` (bits)."""
+"""What a quantized array is: grids (how), `QArray`, `MixedQArray`, `QActivation`, `PackedHeads` (what), `packing` (bits)."""
 
 from jaxquant.quant.activation import ActivationGrid, QActivation
 from jaxquant.quant.grid import Grid, working_dtype
+from jaxquant.quant.heads import PackedHeads
 from jaxquant.quant.mixed import MixedQArray, Packed, QStack, is_packed
 from jaxquant.quant.packing import pack, packed_rows, unpack
 from jaxquant.quant.qarray import QArray, quantize
@@ -11,6 +12,7 @@ __all__ = [
     "Grid",
     "MixedQArray",
     "Packed",
+    "PackedHeads",
     "QActivation",
     "QArray",
     "QStack",
