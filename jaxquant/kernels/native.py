@@ -21,6 +21,7 @@ from jaxquant.cache import cache_dir
 
 # Without its own choice of a contraction GCC would compile ISO C++ to a product and a sum.
 _FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-w", "-shared", "-fPIC")
+_HEADER = Path(__file__).with_suffix(".h")
 _TIMEOUT = 300
 
 _log = logging.getLogger(__name__)
@@ -57,9 +58,9 @@ def load(source: Path) -> ctypes.CDLL | None:
     """The library built from a C++ file against the headers of `jax.ffi`; `None` where that is impossible.
 
     The compiler is `CXX`, else `c++`, `g++` or `clang++`. The result is kept in `cache_dir()` under a name
-    that holds two digests: of all that it depends on (the source, flags, jaxlib, and what the compiler
-    predefines, which tells its version and the features of this CPU) and of its own bytes, so that a damaged
-    file is noticed and built again. No reason to fail is an error: one line is logged at debug level.
+    that holds two digests: of all that it depends on (the source, `native.h`, flags, jaxlib, and what the
+    compiler predefines, which tells its version and the features of this CPU) and of its own bytes, so that a
+    damaged file is noticed and built again. No reason to fail is an error: one line is logged at debug level.
     """
     try:
         return _load(source)
@@ -71,7 +72,8 @@ def load(source: Path) -> ctypes.CDLL | None:
 def _load(source: Path) -> ctypes.CDLL:
     command = [*_compiler(), *_FLAGS]
     predefined = _run([*command, "-E", "-dM", "-x", "c++", os.devnull])
-    parts = (source.read_bytes(), predefined, " ".join(command).encode(), jaxlib.__version__.encode())
+    sources = (source.read_bytes(), _HEADER.read_bytes())
+    parts = (*sources, predefined, " ".join(command).encode(), jaxlib.__version__.encode())
     key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
     prefix = f"{source.parent.name}-{source.stem}-{key}"
     folder = cache_dir() / "kernels"
@@ -83,7 +85,8 @@ def _load(source: Path) -> ctypes.CDLL:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
         part = Path(scratch) / "kernel.so"
-        _run([*command, f"-I{jax.ffi.include_dir()}", str(source), "-o", str(part)])
+        includes = [f"-I{folder}" for folder in (_HEADER.parent, jax.ffi.include_dir())]
+        _run([*command, *includes, str(source), "-o", str(part)])
         target = folder / f"{prefix}-{_digest(part)}.so"
         os.replace(part, target)
     return ctypes.CDLL(str(target))
