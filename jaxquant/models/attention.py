@@ -6,6 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.kernels.cache_attention import cache_attention
+from jaxquant.models.cache import KVCache
+from jaxquant.quant import PackedHeads
+
 # Small enough to skip most of the masked half; at most 16 chunks bound the size of the compiled program.
 _MIN_CHUNK = 256
 _MAX_CHUNKS = 16
@@ -49,6 +53,21 @@ def attention(
         outputs.append(_attend(part, keys[:, :, first:stop], values[:, :, first:stop], mask))
     out = jnp.concatenate(outputs, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(*q.shape[:2], -1)
+
+
+def attention_to_cache(
+    q: jax.Array, cache: KVCache, *, window: int | None, sliding: bool | jax.Array
+) -> jax.Array:
+    """`attention` of the last tokens of a cache to all of it; arguments and result as there.
+
+    A packed cache is never dequantized as a whole.
+    """
+    start = cache.length - q.shape[1]
+    if isinstance(cache.k, PackedHeads) and isinstance(cache.v, PackedHeads):
+        seen = cache.size if window is None else jnp.where(sliding, window, cache.size)
+        y = cache_attention(q, cache.k, cache.v, start=start, window=seen)
+        return y.reshape(*q.shape[:2], -1)
+    return attention(q, *cache.heads(q.dtype), window=window, sliding=sliding, start=start)
 
 
 def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -21,7 +21,7 @@ from jax import lax
 from jaxquant.errors import InputError, UsageError
 from jaxquant.kernels.head_matmul import head_matmul
 from jaxquant.linalg import hadamard_transform
-from jaxquant.models.attention import attention
+from jaxquant.models.attention import attention, attention_to_cache
 from jaxquant.models.cache import KVCache
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.models.rotary import rotate, tables
@@ -269,11 +269,11 @@ def _block(
     if "key_rotation" in attn:
         q, k = _turn_keys(attn, q, k)
     new = [_fake_quantize(heads, grid) for heads, grid in ((k, precision.keys), (v, precision.values))]
-    start = None
-    if cache is not None:
-        start, cache = cache.length, cache.append(k, v, precision)
-    k, v = new if cache is None else cache.heads(x.dtype)
-    attn_out = attention(q, k, v, window=config.sliding_window, sliding=sliding, start=start)
+    if cache is None:
+        attn_out = attention(q, *new, window=config.sliding_window, sliding=sliding)
+    else:
+        cache = cache.append(k, v, precision)
+        attn_out = attention_to_cache(q, cache, window=config.sliding_window, sliding=sliding)
     attn_out = _quantize(attn_out, precision.attn_out, attn["o"])
     y = _linear(attn["o"], attn_out)
     x = x + _branch(block_params, config, "attn", y)

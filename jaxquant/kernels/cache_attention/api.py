@@ -1,0 +1,63 @@
+"""The choice of an implementation of attention over a packed cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxquant.errors import InputError
+from jaxquant.kernels.cache_attention import cpu, scan
+from jaxquant.kernels.platform import Backend, by_platform
+from jaxquant.quant import PackedHeads
+
+_cache_attention = by_platform(scan.cache_attention, {"cpu": cpu.KERNEL}, rows=9)
+
+
+def cache_attention(
+    q: Float[Array, "batch tokens heads n"],
+    keys: PackedHeads,
+    values: PackedHeads,
+    *,
+    start: Int[Array, "*batch"] | int,
+    window: Int[Array, "*batch"] | int | None = None,
+    backend: Backend | None = None,
+) -> Float[Array, "batch tokens heads n"]:
+    """`softmax(q k^T + mask) v` in the dtype of `q`, without materializing dequantized keys or values.
+
+    Token t is at place `start + t` of the cache and sees the places s with `start + t - window < s <= start +
+    t`. Chunks of places are dequantized and multiplied in float32 (float64 for float64 `q`) and added up by an
+    online softmax (arXiv 1805.02867), so that the work follows the places in use, not the size of the cache.
+    Derivatives of any order, in `q`, scales and offsets, are those of the portable implementation.
+
+    Args:
+      q: queries, scaled and rotated as the keys are; head h reads `h // (heads / kv_heads)`.
+      keys, values: `[batch, places, kv_heads, n]`, each on its own grid.
+      start: place of the first query, one for all or one a row; `0 <= start <= places - tokens`.
+      window: how many places a token sees, itself included, one for all or one a row; `None`: all.
+      backend: `"portable"` scans over chunks, everywhere; `"kernel"` is C++ on CPUs (`JAXQUANT_NATIVE=0` turns
+        it off), Pallas on TPUs. `None`: the kernel, where the program is lowered for such a platform and it
+        takes these arrays.
+
+    Raises:
+      InputError: heads that cannot share the heads of the cache, or other shapes that do not agree.
+      UsageError: an unknown backend, or `"kernel"` where there is none.
+    """
+    batch, tokens, heads, n = q.shape
+    shape = (*keys.words.shape[:3], keys.head_dim)
+    if shape != (*values.words.shape[:3], values.head_dim):
+        raise InputError(f"keys {shape} and values {(*values.words.shape[:3], values.head_dim)} differ")
+    if (batch, n) != (shape[0], shape[3]) or heads % shape[2] or tokens > shape[1]:
+        raise InputError(
+            f"queries {q.shape} do not fit keys {shape}: batch and head_dim are to be equal, {heads} heads a "
+            f"multiple of {shape[2]}, {tokens} tokens no more than {shape[1]} places"
+        )
+    seen = shape[1] if window is None else window
+    rows = [jnp.broadcast_to(jnp.asarray(a, jnp.int32), (batch,)) for a in (start, seen)]
+    stores = [
+        array
+        for heads in (keys, values)
+        # Nothing reads the offsets of a symmetric grid.
+        for array in (heads.words, heads.scale, heads.scale if heads.lo is None else heads.lo)
+    ]
+    return _cache_attention(q, *rows, *stores, backend=backend, k_grid=keys.grid, v_grid=values.grid)

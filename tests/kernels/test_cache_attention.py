@@ -1,0 +1,250 @@
+"""Every implementation of attention over a packed cache against its specification."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxquant.errors import InputError, UsageError
+from jaxquant.kernels.cache_attention import cache_attention, cpu, reference
+from jaxquant.quant import ActivationGrid, PackedHeads
+
+TARGET = "jaxquant_cache_attention"
+GRID = ActivationGrid(bits=4, clip=0.95, scale_dtype="float16")
+
+
+def problem(batch, tokens, places, kv_heads, shared, n, grids, dtype=jnp.float32, seed=0):
+    """Queries, packed keys and values, and the place of the first query of every row."""
+    rng = np.random.default_rng(seed)
+
+    def heads(grid):
+        codes = rng.integers(0, 2**grid.bits, (batch, places, kv_heads, n), dtype=np.uint8)
+        per_group = (batch, places, kv_heads, grid.groups(n))
+        scale, lo = (rng.uniform(low, high, per_group) for low, high in ((0.5, 1), (-2, 1)))
+        scale, lo = (jnp.asarray(a, grid.scale_dtype) for a in (scale / 2**grid.bits, lo))
+        words = jnp.asarray(packed(codes, grid.bits))
+        return PackedHeads(words=words, scale=scale, lo=None if grid.symmetric else lo, grid=grid, head_dim=n)
+
+    q = jnp.asarray(rng.standard_normal((batch, tokens, kv_heads * shared, n)), dtype)
+    start = jnp.asarray(rng.integers(0, places - tokens + 1, batch), jnp.int32)
+    return q, *map(heads, grids), start
+
+
+def packed(codes, bits):
+    """`quant.packing.pack` along the last axis: planes from the lowest bit up, fields apart."""
+    parts = []
+    for plane in (8, 4, 2, 1):
+        if bits & plane:
+            fields = 8 // plane
+            padded = np.pad(codes, [(0, 0)] * 3 + [(0, -codes.shape[-1] % fields)]) & (2**plane - 1)
+            columns = padded.reshape(*codes.shape[:-1], fields, -1).astype(np.uint16)
+            shifts = plane * np.arange(fields, dtype=np.uint16)[:, None]
+            parts.append((columns << shifts).sum(axis=-2).astype(np.uint8))
+            codes = codes >> plane if plane < 8 else codes
+    return np.concatenate(parts, axis=-1)
+
+
+def values(heads):
+    """float64 `lo + scale code`."""
+    grid, words, codes, shift = heads.grid, np.asarray(heads.words), 0, 0
+    for plane in (8, 4, 2, 1):
+        if grid.bits & plane:
+            depth = -(-heads.head_dim * plane // 8)
+            part, words = words[..., :depth], words[..., depth:]
+            fields = [(part >> (plane * i)) & (2**plane - 1) for i in range(8 // plane)]
+            codes = codes + (np.concatenate(fields, axis=-1)[..., : heads.head_dim].astype(int) << shift)
+            shift += plane
+    scale = np.float64(heads.scale)
+    lo = -scale * 2 ** (grid.bits - 1) if heads.lo is None else np.float64(heads.lo)
+    repeat = heads.head_dim // scale.shape[-1]
+    scale, lo = (np.repeat(a, repeat, axis=-1) for a in (scale, lo))
+    return lo + scale * codes
+
+
+def exact(q, k, v, start, window=None):
+    """`softmax(q k^T + mask) v` in float64."""
+    q, k, v = np.float64(q), values(k), values(v)
+    shared = q.shape[2] // k.shape[2]
+    k, v = (np.repeat(a, shared, axis=2) for a in (k, v))
+    at = np.asarray(start)[:, None, None] + np.arange(q.shape[1])[:, None]
+    distance = at - np.arange(k.shape[1])
+    visible = (distance >= 0) & (distance < (window or k.shape[1]))
+    scores = np.where(visible[:, None], np.einsum("bthn,bshn->bhts", q, k), -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.einsum("bhts,bshn->bthn", weights / weights.sum(axis=-1, keepdims=True), v)
+
+
+def close(y, expected, tolerance=1e-5):
+    np.testing.assert_allclose(np.float64(y), expected, rtol=0, atol=tolerance * np.max(np.abs(expected)))
+
+
+@pytest.fixture(params=["portable", "kernel"])
+def attend(request):
+    """Attention by one backend, compiled."""
+    skip_without_kernel(request.param)
+    of = functools.partial(cache_attention, backend=request.param)
+    return jax.jit(of, static_argnames="window")
+
+
+def skip_without_kernel(backend):
+    arrays = [jax.ShapeDtypeStruct((1, 1, 1, 1), dtype) for dtype in (jnp.float32, *[jnp.float16] * 8)]
+    if backend == "kernel" and (reason := cpu.KERNEL.refuses(*arrays, k_grid=GRID, v_grid=GRID)):
+        pytest.skip(reason)
+
+
+def grids_for(n):
+    sizes = st.sampled_from([None, *(g for g in (16, 32) if n % g == 0)])
+    return st.builds(
+        ActivationGrid,
+        bits=st.integers(2, 8),
+        group_size=sizes,
+        symmetric=st.booleans(),
+        scale_dtype=st.sampled_from(["float16", "float32"]),
+    )
+
+
+@st.composite
+def problems(draw):
+    n = draw(st.sampled_from([8, 9, 32, 64, 80]))
+    shape = [draw(st.integers(1, top)) for top in (2, 4)]
+    places = shape[1] + draw(st.integers(0, 600))
+    heads = [draw(st.integers(1, top)) for top in (3, 6)]
+    grids = (draw(grids_for(n)), draw(grids_for(n)))
+    arrays = problem(*shape, places, *heads, n, grids, seed=draw(st.integers(0, 2**16)))
+    return arrays, draw(st.sampled_from([None, 1, 7, 100, 5000]))
+
+
+def check(drawn, dtype=jnp.float32, backend="kernel"):
+    (q, *cache, start), window = drawn
+    q = q.astype(dtype)
+    y = cache_attention(q, *cache, start=start, window=window, backend=backend)
+    assert y.dtype == dtype
+    close(y, exact(q, *cache, start, window), 1e-5 if dtype == jnp.float32 else 1e-2)
+
+
+@settings(max_examples=8, deadline=None)
+@given(drawn=problems())
+def test_kernel_equals_float64(drawn):
+    skip_without_kernel("kernel")
+    check(drawn)
+
+
+@pytest.mark.parametrize("backend", ["portable", "kernel"])
+def test_equals_float64(backend):
+    skip_without_kernel(backend)
+    grids = (ActivationGrid(bits=3, group_size=32, symmetric=True), GRID)
+    check((problem(2, 3, 700, 2, 3, 64, grids), 530), jnp.bfloat16, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("backend", ["portable", "kernel"])
+@settings(max_examples=40, deadline=None)
+@given(drawn=problems())
+def test_any_shape_equals_float64(drawn, dtype, backend):
+    skip_without_kernel(backend)
+    check(drawn, dtype, backend)
+
+
+def test_reference_equals_float64():
+    grids = (GRID, ActivationGrid(bits=3, symmetric=True))
+    q, k, v, start = problem(2, 3, 40, 2, 2, 16, grids)
+    stores = (k.words, k.scale, k.lo, v.words, v.scale, v.scale)
+    window = jnp.full(2, 9, jnp.int32)
+    of = jax.jit(functools.partial(reference.cache_attention, k_grid=grids[0], v_grid=grids[1]))
+    y = of(q, start, window, *stores)
+    close(y, exact(q, k, v, start, 9), 1e-6)
+
+
+def test_threads_share_the_places(attend):
+    q, k, v, _ = problem(1, 1, 4099, 2, 4, 64, (GRID, GRID))
+    expected = exact(q, k, v, [4090])
+    for _ in range(3):
+        close(attend(q, k, v, start=4090), expected)
+
+
+def test_large_scores_and_far_keys(attend):
+    """A softmax that is one key, and a window beside places whose scores are far above its own."""
+    q, k, v, _ = problem(1, 2, 600, 1, 3, 32, (GRID, GRID))
+    far = dataclasses.replace(k, scale=k.scale.at[:, :400].multiply(jnp.float16(300)))
+    for queries in (q, jnp.full_like(q, 1e4)):
+        close(attend(queries, far, v, start=500, window=90), exact(queries, far, v, [500], 90))
+
+
+def test_places_behind_the_last_token_are_not_seen(attend):
+    q, k, v, start = problem(2, 2, 100, 2, 2, 16, (GRID, GRID))
+    start = jnp.minimum(start, 50)
+    stale = jax.tree.map(lambda a: a.at[:, 60:].set(jnp.asarray(255, a.dtype)), (k, v))
+    np.testing.assert_array_equal(attend(q, *stale, start=start), attend(q, k, v, start=start))
+
+
+def test_vmap_is_one_call(attend):
+    q, k, v, start = problem(6, 1, 70, 2, 2, 16, (GRID, GRID))
+    pairs = jax.tree.map(lambda a: a.reshape(2, 3, *a.shape[1:]), (q, k, v, start))
+    each = jax.vmap(lambda q, k, v, start: attend(q, k, v, start=start, window=30))
+    close(each(*pairs).reshape(q.shape), exact(q, k, v, start, 30))
+    # One cache for many queries, each with a place of its own.
+    shared = jax.tree.map(lambda a: a[:1], (k, v))
+    y = jax.vmap(lambda q, start: attend(q[None], *shared, start=start))(q, start)
+    repeated = jax.tree.map(lambda a: jnp.repeat(a, 6, axis=0), shared)
+    close(y[:, 0], exact(q, *repeated, start))
+
+
+def test_derivatives_are_those_of_the_reference():
+    skip_without_kernel("kernel")
+    grids = (ActivationGrid(bits=3), ActivationGrid(bits=4, symmetric=True, group_size=16))
+    q, k, v, start = problem(2, 2, 40, 1, 2, 32, grids)
+
+    def plain(q, k, v):
+        stores = (k.words, k.scale, k.lo, v.words, v.scale, v.scale)
+        window = jnp.full(2, 11, jnp.int32)
+        return reference.cache_attention(q, start, window, *stores, k_grid=k.grid, v_grid=v.grid)
+
+    def ours(q, k, v):
+        return cache_attention(q, k, v, start=start, window=11)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(f):
+        def loss(q, scales):
+            stores = (
+                PackedHeads(words=h.words, scale=s[0], lo=s[1], grid=h.grid, head_dim=32)
+                for h, s in zip((k, v), scales, strict=True)
+            )
+            return jnp.sum(jnp.sin(f(q, *stores)))
+
+        moving = (q, ((k.scale, k.lo), (v.scale, None)))
+        gradient = jax.grad(loss, argnums=(0, 1))
+        return gradient(*moving), jax.jvp(gradient, moving, jax.tree.map(jnp.cos, moving))[1]
+
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), derivatives(ours), derivatives(plain))
+
+
+def test_choice_of_the_kernel():
+    skip_without_kernel("kernel")
+    q, k, v, _ = problem(1, 1, 40, 2, 2, 48, (GRID, GRID))
+
+    def text(q, k, v):
+        return jax.jit(lambda q: cache_attention(q, k, v, start=3)).lower(q).as_text()
+
+    assert TARGET in text(q, k, v)
+    many = jnp.repeat(q, cpu.LARGEST_TOKENS + 1, axis=1)
+    assert TARGET not in text(many, k, v)
+    odd = problem(1, 1, 40, 2, 2, 48, (ActivationGrid(bits=4, group_size=24), GRID))[1]
+    assert TARGET not in text(q, k, odd)
+    with pytest.raises(UsageError, match="groups of 24 channels are not multiples of 16"):
+        cache_attention(q, k, odd, start=3, backend="kernel")
+
+
+def test_shapes_that_do_not_fit():
+    q, k, v, _ = problem(1, 1, 8, 2, 2, 16, (GRID, GRID))
+    with pytest.raises(InputError, match=r"3 heads a multiple of 2"):
+        cache_attention(q[:, :, :3], k, v, start=3)
+    with pytest.raises(InputError, match="keys .* and values .* differ"):
+        cache_attention(q, k, jax.tree.map(lambda a: a[:, 1:], v), start=3)
