@@ -2,10 +2,10 @@
 
     python experiments/bench/attention.py [--repeats 15]
 
-One token attends to a full cache of 4096 places, in the shapes of SmolLM2-135M and Llama-3-8B, one block. Keys
-and values are random. A float cache is attended to as the decoder does; "packed_dequantized" is the packed
-one dequantized as a whole first. Ratios are medians of paired times, the bfloat16 cache over the side named.
-Writes results/attention.json.
+One token attends to a full cache of 4096 places, in the shapes of a block of SmolLM2-135M and of Llama-3-8B.
+Keys and values are random. A float cache is attended to as the decoder does; "packed_dequantized" is the
+packed one dequantized as a whole first. Ratios are medians of paired times, the bfloat16 cache over the side
+named. Writes results/attention.json.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
         told = (f"{side} {r['milliseconds']:.3f} ms ({r['ratio']:.2f}x)" for side, r in times.items())
         print(f"{name}: {share:.1%} of the bytes in bfloat16; {', '.join(told)}", flush=True)
     report = {
-        "setting": {"grid": str(GRID), "scale_dtype": GRID.scale_dtype, "places": PLACES, "repeats": args.repeats},
+        "setting": {"grid": f"{GRID}, {GRID.scale_dtype}", "places": PLACES, "repeats": args.repeats},
         "versions": versions(),
         "machine": {
             "processor": platform.machine(), "cpus": os.cpu_count(),

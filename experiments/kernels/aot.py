@@ -126,9 +126,9 @@ def environment() -> dict[str, str]:
     return os.environ | facts
 
 
-def compile_apart(chip: str) -> list[dict]:
-    """`compile_all` in a process of its own; RuntimeError with the end of its log where it fails."""
-    command = [sys.executable, __file__, "--chip", chip]
+def compile_apart(chip: str, script: str = __file__) -> list[dict]:
+    """`compile_all` of a script in a process of its own; RuntimeError with the end of its log on failure."""
+    command = [sys.executable, script, "--chip", chip]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if done.returncode:
         raise RuntimeError(f"{chip}: exit {done.returncode}\n{done.stderr[-3000:]}")

@@ -42,6 +42,36 @@ inline Ints Load(const uint8_t* bytes) {
 #endif
 }
 
+// e^x for x <= 0, within 2 units in the last place; 0 where that is below the normal numbers.
+template <typename F, typename I>
+inline F Exp(F x) {
+  // Adding this rounds to an integer, which the low bits then hold.
+  constexpr float kRound = 0x1.8p23f;
+  const F rounded = x * 0x1.715476p0f + kRound;
+  const F n = rounded - kRound;
+  const F r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  F series = r * (1 / 5040.f) + 1 / 720.f;
+  for (float term : {1 / 120.f, 1 / 24.f, 1 / 6.f, 0.5f, 1.f, 1.f}) series = series * r + term;
+  I power;
+  std::memcpy(&power, &rounded, sizeof(power));
+  power = (power + 127) << 23;
+  F scale;
+  std::memcpy(&scale, &power, sizeof(scale));
+  return x < -87.f ? F{} : series * scale;
+}
+
+template <typename F>
+inline F Get(const float* source) {
+  F floats;
+  std::memcpy(&floats, source, sizeof(floats));
+  return floats;
+}
+
+template <typename F>
+inline void Put(F floats, float* target) {
+  std::memcpy(target, &floats, sizeof(floats));
+}
+
 struct Plane {
   int bits, shift;
   int64_t depth;  // rows of words

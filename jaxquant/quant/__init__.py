@@ -1,4 +1,4 @@
-"""What a quantized array is: grids (how), `QArray`, `MixedQArray`, `QActivation`, `PackedHeads` (what), `packing` (bits)."""
+"""What a quantized array is: grids (how), `QArray` and its kin (what), `packing` (bits)."""
 
 from jaxquant.quant.activation import ActivationGrid, QActivation
 from jaxquant.quant.grid import Grid, working_dtype

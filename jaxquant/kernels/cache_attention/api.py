@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxquant.errors import InputError
-from jaxquant.kernels.cache_attention import cpu, scan
+from jaxquant.kernels.cache_attention import cpu, scan, tpu
 from jaxquant.kernels.platform import Backend, by_platform
 from jaxquant.quant import PackedHeads
 
-_cache_attention = by_platform(scan.cache_attention, {"cpu": cpu.KERNEL}, rows=9)
+_cache_attention = by_platform(scan.cache_attention, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL}, rows=9)
 
 
 def cache_attention(
@@ -25,8 +24,8 @@ def cache_attention(
 ) -> Float[Array, "batch tokens heads n"]:
     """`softmax(q k^T + mask) v` in the dtype of `q`, without materializing dequantized keys or values.
 
-    Token t is at place `start + t` of the cache and sees the places s with `start + t - window < s <= start +
-    t`. Chunks of places are dequantized and multiplied in float32 (float64 for float64 `q`) and added up by an
+    Token t is at place `start + t` of the cache and sees places s, `start + t - window < s <= start + t`.
+    Chunks of places are dequantized and multiplied in float32 (float64 for float64 `q`) and added up by an
     online softmax (arXiv 1805.02867), so that the work follows the places in use, not the size of the cache.
     Derivatives of any order, in `q`, scales and offsets, are those of the portable implementation.
 
@@ -35,9 +34,9 @@ def cache_attention(
       keys, values: `[batch, places, kv_heads, n]`, each on its own grid.
       start: place of the first query, one for all or one a row; `0 <= start <= places - tokens`.
       window: how many places a token sees, itself included, one for all or one a row; `None`: all.
-      backend: `"portable"` scans over chunks, everywhere; `"kernel"` is C++ on CPUs (`JAXQUANT_NATIVE=0` turns
-        it off), Pallas on TPUs. `None`: the kernel, where the program is lowered for such a platform and it
-        takes these arrays.
+      backend: `"portable"` scans over chunks, everywhere; `"kernel"` is C++ on CPUs (`JAXQUANT_NATIVE=0`
+        turns it off), Pallas on TPUs. `None`: as `kernels.use_backend` says, else the kernel, where the
+        program is lowered for such a platform and it takes these arrays.
 
     Raises:
       InputError: heads that cannot share the heads of the cache, or other shapes that do not agree.

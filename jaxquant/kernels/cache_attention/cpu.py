@@ -13,7 +13,7 @@ from jaxquant.kernels import native
 from jaxquant.kernels.platform import Kernel
 from jaxquant.quant import ActivationGrid
 
-#: Tokens up to which the work of unpacking, once for every four rows, costs less than `scan` (by measurement).
+#: Tokens up to which it costs less than the matrix products of `scan` (by measurement).
 LARGEST_TOKENS = 16
 # Channels of the widest vector; groups have to be whole ones.
 _LANES = 16

@@ -28,7 +28,7 @@ def cache_attention(
     Token t of a row is at place `start + t` and sees `start + t - window < s <= start + t`. Of a symmetric
     grid `lo` is not read.
     """
-    batch, tokens, heads, n = q.shape
+    batch, tokens, _, n = q.shape
     k = store(k_words, k_scale, k_lo, k_grid, n).dequantize(jnp.float32)
     v = store(v_words, v_scale, v_lo, v_grid, n).dequantize(jnp.float32)
     rows = q.astype(jnp.float32).reshape(batch, tokens, k.shape[2], -1, n)

@@ -1,4 +1,4 @@
-"""The portable implementation: a scan over chunks of places; only a chunk of the cache is ever dequantized."""
+"""The portable implementation: a scan over chunks of places; no more than a chunk is ever dequantized."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ def cache_attention(
 
         m' = max(m, max s_c),  l' = l e^(m - m') + sum e^(s_c - m'),  y' = y e^(m - m') + e^(s_c - m') v_c
 
-    Arguments as in `reference`; all in float32, float64 for such queries. Chunks that no token sees are skipped.
+    Arguments as in `reference`; all in float32, float64 for such queries. Chunks that no token sees are
+    skipped.
     """
-    batch, tokens, heads, n = q.shape
+    batch, tokens, _, n = q.shape
     size, kv_heads = k_words.shape[1:3]
     chunk, wide = min(_CHUNK, size), working_dtype(q.dtype)
     # The heads that share a key become rows of one matrix product.

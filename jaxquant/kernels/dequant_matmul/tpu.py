@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, UInt
 
+from jaxquant.kernels.mosaic import bits_of_half, unpack_int32, widened
 from jaxquant.kernels.platform import Kernel
-from jaxquant.quant.packing import planes
 
 # Of 16 MiB of VMEM, which is what v4 has and what the compiler grants on every chip: a tile of the weight
 # (`_IN` x `_OUT`) takes 2 MiB in bfloat16, sums and products 2 MiB each, two copies of x, y and words up to
@@ -59,7 +59,7 @@ def dequant_matmul(
     grid = (pl.cdiv(rows, tiles.rows), pl.cdiv(out, tiles.out), blocks // tiles.blocks)
     whole = tiles.groups == groups
     per_group = pl.BlockSpec((tiles.groups, tiles.out), lambda i, j, k: (0 if whole else k, j))
-    scale, zero = map(_bits_of_half, (scale, zero))
+    scale, zero = map(bits_of_half, (scale, zero))
     passes = x.nbytes * grid[1] + (words.nbytes + scale.nbytes + zero.nbytes) * grid[0]
     return pl.pallas_call(
         functools.partial(_kernel, bits=bits, block=block, blocks_per_group=blocks // groups, whole=whole),
@@ -136,36 +136,6 @@ def _even(size: int, largest: int, unit: int) -> int:
     return math.ceil(size / math.ceil(size / largest) / unit) * unit
 
 
-def _bits_of_half(a: Array) -> Array:
-    # No vector unit of a TPU knows float16, and widened in HBM small groups would double what is read.
-    return jax.lax.bitcast_convert_type(a, jnp.int16) if a.dtype == jnp.float16 else a.astype(jnp.float32)
-
-
-def _widened(a: Array) -> Array:
-    """float32 of the bits of float16, in integers: exact, with subnormals, infinities and NaN."""
-    if a.dtype == jnp.float32:
-        return a
-    half = a.astype(jnp.int32)
-    exponent, fraction = (half >> 10) & 31, half & 1023
-    bias = jnp.where(exponent == 31, 224, 112) << 23
-    normal = jax.lax.bitcast_convert_type(((half & 0x7FFF) << 13) + bias, jnp.float32)
-    magnitude = jnp.where(exponent == 0, fraction.astype(jnp.float32) * 2.0**-24, normal)
-    return jnp.where(half < 0, -magnitude, magnitude)
-
-
-def _codes(words: Int[Array, "words out"], bits: int, rows: int, word_bits: int) -> Int[Array, "rows out"]:
-    """`quant.packing.unpack` in int32: shifts of narrower integers do not compile everywhere."""
-    codes, start, shift = [], 0, 0
-    for plane in planes(bits):
-        per_word = word_bits // plane
-        depth = -(-rows // per_word)
-        part = words[start : start + depth]
-        fields = [(part >> (k * plane)) & (2**plane - 1) for k in range(per_word)]
-        codes.append(jnp.concatenate(fields, axis=0)[:rows] << shift)
-        start, shift = start + depth, shift + plane
-    return functools.reduce(jnp.bitwise_or, codes)
-
-
 def _kernel(
     x_ref: Any,  # [rows, in]
     words_ref: Any,  # [blocks, words, out]
@@ -189,14 +159,13 @@ def _kernel(
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    wide_scale_ref[...], wide_zero_ref[...] = _widened(scale_ref[...]), _widened(zero_ref[...])
+    wide_scale_ref[...], wide_zero_ref[...] = widened(scale_ref[...]), widened(zero_ref[...])
 
     @pl.loop(0, blocks)
     def _(b: Array) -> None:
         # `//` would ask for the sign, and the lowering of that for the chip at hand.
         group = pl.ds(jax.lax.div(b + step * blocks if whole else b, np.int32(blocks_per_group)), 1)
-        word_bits = jnp.iinfo(words_ref.dtype).bits
-        codes = _codes(words_ref[b].astype(jnp.int32), bits, block, word_bits).astype(jnp.float32)
+        codes = unpack_int32(words_ref[b], bits, block).astype(jnp.float32)
         weight_ref[b] = ((codes - wide_zero_ref[group]) * wide_scale_ref[group]).astype(weight_ref.dtype)
 
     exact = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
