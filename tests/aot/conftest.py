@@ -1,4 +1,4 @@
-"""Programs compiled for TPUs that are not here, by experiments/kernels/aot.py: one process a chip."""
+"""Programs compiled for TPUs that are not here, by scripts of experiments/kernels: one process a chip."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments" / "kernels"
 
 @pytest.fixture(scope="session")
 def tpu_programs():
-    """Rows of `compile_all` by chip; skipped where there is no compiler."""
+    """Rows of `compile_all` by chip and script; skipped where there is no compiler."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("no TPU compiler: pip install '.[aot]'")
     sys.path.insert(0, str(EXPERIMENTS))
@@ -22,4 +22,4 @@ def tpu_programs():
         import aot
     finally:
         sys.path.remove(str(EXPERIMENTS))
-    return functools.cache(aot.compile_apart)
+    return functools.cache(lambda chip, script="aot.py": aot.compile_apart(chip, str(EXPERIMENTS / script)))
