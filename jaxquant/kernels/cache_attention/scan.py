@@ -76,9 +76,9 @@ def cache_attention(
         seen = (begin < stop) & (begin + chunk > first)
         return lax.cond(seen, attend, lambda state, begin: state, state, begin), None
 
-    one = jnp.zeros((*rows.shape[:3], 1), wide)
+    zero = jnp.zeros((*rows.shape[:3], 1), wide)
     arrays = (rows, start, window, *jax.tree.leaves((keys, values)))
-    state = tuple(varying_alike(one + lowest, one, jnp.zeros_like(rows), *arrays)[:3])
-    (_, total, mixed), _ = lax.scan(step, state, jnp.arange(0, size, chunk, dtype=jnp.int32))
+    top, total, mixed, *_ = varying_alike(zero + lowest, zero, jnp.zeros_like(rows), *arrays)
+    (_, total, mixed), _ = lax.scan(step, (top, total, mixed), jnp.arange(0, size, chunk, dtype=jnp.int32))
     y = (mixed / total).reshape(batch, kv_heads, -1, tokens, n).transpose(0, 3, 1, 2, 4)
     return y.reshape(q.shape).astype(q.dtype)
