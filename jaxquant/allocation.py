@@ -205,12 +205,10 @@ def measure(
         return eval_windows(text, tokenizer, config, seqlen=length, limit=items)
 
     if stored is None:
-        target = np.mean(
-            [energy_traces(seen(short(text), mask="first")) for _, text, _ in parts.values()], axis=0
-        )
-        search = search_mixture(
-            {name: seen(own, mask="first") for name, own in calibration.items()}, np.mean(targets, axis=0)
-        )
+        targets = [energy_traces(seen(short(text), mask="first")) for _, text, _ in parts.values()]
+        found = {name: seen(own, mask="first") for name, own in calibration.items()}
+        search = search_mixture(found, np.mean(targets, axis=0))
+        del found
         notes = {
             "texts": {text.name: text.source for text in texts},
             "shares": search.best,
