@@ -23,6 +23,9 @@ BACKENDS = ("portable", "kernel")
 #: compiled under another choice are not used.
 use_backend: Any = jax.make_user_context(None)
 
+# Platforms whose calls `jax.export` rejects: nothing vouches for them on the machine that will run them.
+_NOT_EXPORTED = {"cpu": "CPUs", "cuda": "GPUs"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -32,10 +35,14 @@ class Kernel:
       call: the signature of the portable implementation.
       refuses: why it does not take arrays of these shapes and dtypes, of which it is given the avals and the
         keywords; "" where it does.
+      lacks: why it does not run on a device of its platform; "" where it does. Where a program is lowered for
+        devices that are not named (`lowering_platforms=`), such a kernel has to be asked for. `None`: it runs
+        on all.
     """
 
     call: Callable[..., Array]
     refuses: Callable[..., str]
+    lacks: Callable[[Any], str] | None = None
 
 
 def check_backend(backend: str | None) -> None:
@@ -51,8 +58,9 @@ def by_platform(
 
     It is a primitive, since no device is asked while tracing: the choice is made where a program is lowered.
     In all but its value it is `portable`: derivatives of any order, programs for several devices that XLA
-    divides by itself (inside `jax.shard_map` kernels run), and `jax.export` for CPUs, whose kernels are not
-    part of a program. `jax.vmap` over the first `rows` arrays makes more rows of one call, over others loops.
+    divides by itself (inside `jax.shard_map` kernels run), and `jax.export` for CPUs and GPUs, whose kernels
+    are not part of a program. `jax.vmap` over the first `rows` arrays makes more rows of one call, over
+    others loops.
 
     Args:
       portable: its name is that of the primitive.
@@ -118,8 +126,10 @@ def by_platform(
         def rule(context: mlir.LoweringRuleContext, *operands: Any, backend: Any, **layout: Any) -> Any:
             reason = "there is none for this platform"
             if kernel and lower_kernel:
-                reason = _cannot_hold_calls(context.module_context, platform) or kernel.refuses(
-                    *context.avals_in, **layout
+                reason = (
+                    _cannot_hold_calls(context.module_context, platform)
+                    or kernel.refuses(*context.avals_in, **layout)
+                    or _unfit(kernel, context.module_context, platform, asked=backend == "kernel")
                 )
                 if not reason:
                     return lower_kernel(context, *operands, **layout)
@@ -154,8 +164,8 @@ def varying_alike(*arrays: Array) -> list[Array]:
 
 
 def _cannot_hold_calls(module: Any, platform: str | None) -> str:
-    if platform == "cpu" and module.lowering_parameters.for_export:
-        return "an exported program cannot hold a kernel for CPUs"
+    if platform in _NOT_EXPORTED and module.lowering_parameters.for_export:
+        return f"an exported program cannot hold a kernel for {_NOT_EXPORTED[platform]}"
     context = module.axis_context
     names = getattr(context, "manual_axes", None)
     if names is None:
@@ -163,3 +173,14 @@ def _cannot_hold_calls(module: Any, platform: str | None) -> str:
     else:
         divided = names != frozenset(context.mesh.axis_names)
     return "XLA does not divide a call: run it inside jax.shard_map" if divided else ""
+
+
+def _unfit(kernel: Kernel, module: Any, platform: str | None, *, asked: bool) -> str:
+    if kernel.lacks is None:
+        return ""
+    # In cross-lowering the backend is the one at hand, of another platform. JAX calls that of CUDA "gpu".
+    own = "gpu" if platform == "cuda" else platform
+    devices = [d for d in module.backend.devices() if d.platform == own] if module.backend else []
+    if not devices:
+        return "" if asked else "the device is not known"
+    return next(filter(None, map(kernel.lacks, devices)), "")

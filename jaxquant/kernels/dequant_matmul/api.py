@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, UInt
 
-from jaxquant.kernels.dequant_matmul import cpu, scan, tpu
+from jaxquant.kernels.dequant_matmul import cpu, gpu, scan, tpu
 from jaxquant.kernels.platform import Backend, by_platform
 
-_dequant_matmul = by_platform(scan.dequant_matmul, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL}, rows=1)
+_dequant_matmul = by_platform(
+    scan.dequant_matmul, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL, "cuda": gpu.KERNEL}, rows=1
+)
 
 
 def dequant_matmul(
@@ -33,8 +35,9 @@ def dequant_matmul(
       bits: 1 to 8.
       block: input rows in one packed block.
       backend: `"portable"` scans over tiles, everywhere; `"kernel"` is C++ on CPUs (`JAXQUANT_NATIVE=0` turns
-        it off), Pallas on TPUs. `None`: as `kernels.use_backend` says, else the kernel, where the program is
-        lowered for such a platform and it takes these arrays.
+        it off), Pallas on TPUs and, for bfloat16 and float16 `x`, on Hopper GPUs. `None`: as
+        `kernels.use_backend` says, else the kernel, where the program is lowered for such a device and it
+        takes these arrays.
 
     Raises:
       UsageError: an unknown backend, or `"kernel"` where there is none.
