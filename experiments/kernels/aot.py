@@ -1,12 +1,14 @@
-"""What the TPU compiler makes of the dequantizing matmul, chip by chip, without a chip.
+"""What the compilers for TPUs and the H100 make of the dequantizing matmul, chip by chip, without a chip.
 
     python experiments/kernels/aot.py [--chip v6e]
 
 Compiles `jaxquant.kernels.dequant_matmul` ahead of time for linears of SmolLM2-135M, Llama-3-8B and
 Llama-3-70B, one token and 1024 tokens, in one process a chip, since a compiler may abort; with `--chip`, for
-that one in this process, and prints the rows. On v6e the scan and the plain product with a `jnp.int4` or
-`jnp.int2` weight are compiled beside it. Needs `libtpu` of the version that jax pins (extra `aot`).
-Writes results/aot.json and results/aot.md. Nothing is run on a TPU: `floor_us` is bytes over bandwidth.
+that one in this process, and prints the rows. On v6e and H100 the scan and the plain product with a
+`jnp.uint4` or `jnp.uint2` weight are compiled beside it. Needs `libtpu` of the version that jax pins (extra
+`aot`), and `jax-cuda12-plugin` and `jax-cuda12-pjrt` of the version of jax, installed with `--no-deps`: no
+driver and no CUDA. Writes results/aot.json and results/aot.md. Nothing is run: `floor_us` is bytes over
+bandwidth.
 """
 
 from __future__ import annotations
@@ -16,20 +18,40 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 # Topology that both supported versions of libtpu know, and bytes a second of HBM of one of its devices
-# (Google Cloud's tables; a chip of tpu7x is two devices).
+# (Google Cloud's tables; a chip of tpu7x is two devices; NVIDIA's data sheet of the H100 SXM).
 CHIPS = {
     "v4": ("v4:2x2x1", 1228e9),
     "v5e": ("v5e:2x2", 819e9),
     "v5p": ("v5p:2x2x1", 2765e9),
     "v6e": ("v6e:2x2", 1640e9),
     "tpu7x": ("tpu7x:2x2x1", 3690e9),
+    "H100": ("h100", 3350e9),
 }
+# XLA wants a GPU described. The extension makes it sm_90a, which has `wgmma`.
+H100 = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }}
+  core_count: 132 threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  fpus_per_core: 128 clock_rate_ghz: 1.98 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: {} minor: {} }}
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+# Versions of CUDA that the plugins are built for.
+CUDA = {"xla_cuda12": (12, 9), "xla_cuda13": (13, 0)}
+CALL = re.compile('custom_call_target="(tpu_custom_call|mosaic_gpu)')
 # Inputs, outputs and group size.
 LINEARS = {
     "SmolLM2 up": (576, 1536, 64),
@@ -44,17 +66,42 @@ PREFILL = 1024
 RESULTS = Path(__file__).parent / "results"
 
 
+def missing(chip: str) -> str:
+    """What has to be installed to compile for the chip; "" if nothing."""
+    if chip != "H100":
+        return "" if importlib.util.find_spec("libtpu") else "no TPU compiler: pip install '.[aot]'"
+    if _plugin():
+        return ""
+    return "no CUDA compiler: pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt of the version of jax"
+
+
+def _plugin() -> str | None:
+    found = importlib.util.find_spec("jax_plugins")
+    return next((n for n in CUDA if found and importlib.util.find_spec(f"jax_plugins.{n}")), None)
+
+
+def device(chip: str):
+    """A device that is not here, to compile for."""
+    from jax.experimental import topologies
+
+    if chip != "H100":
+        return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
+    target = H100.format(*CUDA[_plugin()])
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=CHIPS[chip][0], topology="1x1x1", target_config=target
+    ).devices[0]
+
+
 def compile_all(chip: str) -> list[dict]:
     """A row a program; the environment has to be `environment()` before jax is imported."""
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
     from jaxquant.kernels.dequant_matmul import dequant_matmul
     from jaxquant.quant.packing import block_rows, packed_rows
 
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
-    array = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
+    sharding = jax.sharding.SingleDeviceSharding(device(chip))
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
 
     def packed(name: str, bits: int, tokens: int, backend: str | None) -> dict:
         rows, out, size = LINEARS[name]
@@ -89,7 +136,7 @@ def compile_all(chip: str) -> list[dict]:
         rows, out, size = LINEARS[name]
         started = time.perf_counter()
         program = jax.jit(product).lower(array((tokens, rows), jnp.bfloat16), *weight).compile()
-        memory, cost = program.memory_analysis(), program.cost_analysis()
+        memory, cost = program.memory_analysis(), program.cost_analysis() or {}
         metadata = 2 * 2 * rows // size * out
         return {
             "chip": chip, "linear": name, "in": rows, "out": out, "group": size, "bits": bits,
@@ -98,15 +145,15 @@ def compile_all(chip: str) -> list[dict]:
             "packed_bytes": int(code_bytes) + metadata + 2 * tokens * rows,
             "temp_bytes": memory.temp_size_in_bytes,
             "bf16_bytes": 2 * rows * out,
-            "accessed_bytes": cost["bytes accessed"],
-            "calls": program.as_text().count('custom_call_target="tpu_custom_call"'),
+            "accessed_bytes": cost.get("bytes accessed"),
+            "calls": len(CALL.findall(program.as_text())),
             "floor_us": 1e6 * memory.argument_size_in_bytes / CHIPS[chip][1],
             "compile_seconds": time.perf_counter() - started,
         }  # fmt: skip
 
     rows = [packed(name, bits, 1, None) for name in LINEARS for bits in WIDTHS]
     rows += [packed(name, 4, PREFILL, None) for name in LINEARS]
-    if chip == "v6e":
+    if chip in ("v6e", "H100"):
         for tokens in (1, PREFILL):
             rows += [packed("8B up", bits, tokens, "portable") for bits in (2, 3, 4)]
             rows += [unpacked("8B up", bits, tokens) for bits in (2, 4)]
@@ -114,10 +161,10 @@ def compile_all(chip: str) -> list[dict]:
 
 
 def environment() -> dict[str, str]:
-    """For a process that compiles for TPUs: without these libtpu asks a metadata server for its machine."""
+    """For a process that compiles: without these libtpu asks a metadata server for its machine."""
     facts = {
         "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what it keeps can be loaded on a TPU only
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what it keeps can be loaded on such a device only
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compilers share a host, devices would not
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -145,10 +192,11 @@ def table(rows: list[dict]) -> str:
     for r in rows:
         if r["linear"] == "8B up":
             over, temp = r["argument_bytes"] / r["packed_bytes"] - 1, r["temp_bytes"] / r["bf16_bytes"]
+            accessed = r["accessed_bytes"] and f"{r['accessed_bytes'] / r['argument_bytes']:.1f}"
             lines.append(
                 f"| {r['chip']} | {r['how']} | {r['bits']} | {r['tokens']} | "
                 f"{r['argument_bytes'] / 1e6:.1f} | {over:.1%} | {temp:.1%} | "
-                f"{r['accessed_bytes'] / r['argument_bytes']:.1f} | {r['floor_us']:.1f} |"
+                f"{accessed or '?'} | {r['floor_us']:.1f} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -159,8 +207,9 @@ def main() -> None:
     )
     parser.add_argument("--chip", choices=CHIPS)
     chip = parser.parse_args().chip
-    if importlib.util.find_spec("libtpu") is None:
-        parser.exit(1, "libtpu is missing: pip install '.[aot]'\n")
+    for name in [chip] if chip else CHIPS:
+        if reason := missing(name):
+            parser.exit(1, f"{name}: {reason}\n")
     if chip:
         print(json.dumps(compile_all(chip)))
         return
@@ -169,7 +218,8 @@ def main() -> None:
 
     from jaxquant.folder import versions
 
-    facts = {"versions": versions() | {"libtpu": version("libtpu")}, "rows": rows}
+    compilers = ("libtpu", f"jax-{_plugin().removeprefix('xla_')}-plugin")
+    facts = {"versions": versions() | {name: version(name) for name in compilers}, "rows": rows}
     (RESULTS / "aot.json").write_text(json.dumps(facts, indent=1) + "\n")
     (RESULTS / "aot.md").write_text(table(rows))
     print(table(rows))

@@ -1,9 +1,9 @@
-"""Programs compiled for TPUs that are not here, by scripts of experiments/kernels: one process a chip."""
+"""Programs compiled for chips that are not here, by scripts in experiments/kernels: one process a chip."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -13,13 +13,24 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments" / "kernels"
 
 
 @pytest.fixture(scope="session")
-def tpu_programs():
-    """Rows of `compile_all` by chip and script; skipped where there is no compiler."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("no TPU compiler: pip install '.[aot]'")
+def compiled():
+    """Rows of `compile_all` of a script by `(script, chip)`; skips where the compiler is not installed."""
     sys.path.insert(0, str(EXPERIMENTS))
     try:
-        import aot
+        aot = importlib.import_module("aot")
     finally:
         sys.path.remove(str(EXPERIMENTS))
-    return functools.cache(lambda chip, script="aot.py": aot.compile_apart(chip, str(EXPERIMENTS / script)))
+
+    @functools.cache
+    def rows(script: str, chip: str) -> list[dict]:
+        if reason := aot.missing(chip):
+            pytest.skip(reason)
+        return aot.compile_apart(chip, str(EXPERIMENTS / script))
+
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tpu_programs(compiled):
+    """Rows of the dequantizing matmul by chip."""
+    return functools.partial(compiled, "aot.py")

@@ -160,8 +160,8 @@ def _refuses(x: Any, words: Any, scale: Any, zero: Any, *, bits: int, block: int
     if not taken or _unit(bits, block) % 8 or not _blocks(blocks, block, scale.shape[0]):
         return (
             "it takes nonempty arrays, outputs in multiples of 64, and blocks that fill 64 or 128 inputs, "
-            f"with fields of a multiple of 8 rows, not {x.shape[0]} rows, {out} outputs and {blocks} blocks of "
-            f"{block} rows of {bits} bits"
+            f"with fields of a multiple of 8 rows, not {x.shape[0]} rows, {out} outputs and {blocks} blocks "
+            f"of {block} rows of {bits} bits"
         )
     return ""
 
