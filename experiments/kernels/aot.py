@@ -22,7 +22,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 # Topology that both supported versions of libtpu know, and bytes a second of HBM of one of its devices
 # (Google Cloud's tables; a chip of tpu7x is two devices; NVIDIA's data sheet of the H100 SXM).
@@ -64,6 +66,9 @@ LINEARS = {
 WIDTHS = (2, 3, 4, 8)
 PREFILL = 1024
 RESULTS = Path(__file__).parent / "results"
+
+Compile: TypeAlias = Callable[[str], list[dict]]
+Table: TypeAlias = Callable[[list[dict]], str]
 
 
 def missing(chip: str) -> str:
@@ -201,29 +206,29 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--chip", choices=CHIPS)
+def run(script: str, about: str | None, chips: Iterable[str], compile_all: Compile, table: Table) -> None:
+    """The command line of a script, and its results under the name that it has."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chip", choices=chips)
     chip = parser.parse_args().chip
-    for name in [chip] if chip else CHIPS:
+    for name in [chip] if chip else chips:
         if reason := missing(name):
             parser.exit(1, f"{name}: {reason}\n")
     if chip:
         print(json.dumps(compile_all(chip)))
         return
-    rows = [row for name in CHIPS for row in compile_apart(name)]
+    rows = [row for name in chips for row in compile_apart(name, script)]
     from importlib.metadata import version
 
     from jaxquant.folder import versions
 
     compilers = ("libtpu", f"jax-{_plugin().removeprefix('xla_')}-plugin")
     facts = {"versions": versions() | {name: version(name) for name in compilers}, "rows": rows}
-    (RESULTS / "aot.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (RESULTS / "aot.md").write_text(table(rows))
+    results = RESULTS / Path(script).name
+    results.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    results.with_suffix(".md").write_text(table(rows))
     print(table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    run(__file__, __doc__, CHIPS, compile_all, table)

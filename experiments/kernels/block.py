@@ -1,0 +1,109 @@
+"""What the compilers make of one packed decoder block, chip by chip, without a chip.
+
+    python experiments/kernels/block.py [--chip v6e]
+
+Compiles `jaxquant.models.decoder.block` ahead of time for the shapes of SmolLM2-135M, Llama-3-8B and
+Llama-3-70B, all linears W4 in groups, activations in bfloat16: one token behind a cache of 4096, and a prompt
+of 512 into a cache of its length. Parameters are shapes, no array is made. As in aot.py, which has what they
+need installed, there is a process a chip, nothing is run, and `floor_us` is bytes of arguments over
+bandwidth. Writes results/block.json and results/block.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import aot
+
+# Hidden and intermediate size, heads, heads of keys, size of a head, group size.
+MODELS = {
+    "SmolLM2": (576, 1536, 9, 3, 64, 64),
+    "8B": (4096, 14336, 32, 8, 128, 128),
+    "70B": (8192, 28672, 64, 8, 128, 128),
+}
+CHIPS = ("v5e", "v6e", "H100")
+# Tokens that enter at once, and places of the cache.
+STEPS = {"decode": (1, 4096), "prefill": (512, 512)}
+BITS = 4
+
+
+def compile_all(chip: str) -> list[dict]:
+    """A row a program; the environment has to be `aot.environment()` before jax is imported."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxquant.models.cache import init_cache
+    from jaxquant.models.config import LINEARS, ModelConfig
+    from jaxquant.models.decoder import block
+    from jaxquant.models.init import init_params
+    from jaxquant.quant import Grid, quantize
+
+    sharding = jax.sharding.SingleDeviceSharding(aot.device(chip))
+
+    def build(name: str, places: int):
+        hidden, intermediate, heads, kv_heads, head_dim, size = MODELS[name]
+        config = ModelConfig(
+            family="llama", vocab_size=8, hidden_size=hidden, intermediate_size=intermediate, num_layers=1,
+            num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, query_scale=head_dim**-0.5,
+            max_position=places, dtype="bfloat16",
+        )  # fmt: skip
+
+        def arrays():
+            params = init_params(jax.random.key(0), config, dtype=jnp.bfloat16)["blocks"]
+            for path in (path for _, paths in LINEARS for path in paths):
+                part, linear = path.split(".")
+                kernel = params[part][linear]["kernel"].astype(jnp.float32)
+                params[part][linear]["kernel"] = quantize(kernel, Grid(bits=BITS, group_size=size))
+            cache = init_cache(config, 1, places)
+            params, slices = jax.tree.map(lambda a: a[0], (params, (cache.k, cache.v)))
+            return params, dataclasses.replace(cache, k=slices[0], v=slices[1])
+
+        return config, *jax.eval_shape(arrays)
+
+    def row(name: str, step: str) -> dict:
+        tokens, places = STEPS[step]
+        config, params, cache = build(name, places)
+        x = jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.bfloat16)
+        arguments = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (params, x, cache)
+        )
+
+        def run(params, x, cache):
+            return block(params, config, x, sliding=False, cache=cache)[:2]
+
+        started = time.perf_counter()
+        program = jax.jit(run, donate_argnums=2).lower(*arguments).compile()
+        memory = program.memory_analysis()
+        return {
+            "chip": chip, "model": name, "step": step, "tokens": tokens, "places": places, "bits": BITS,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "packed_bytes": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arguments)),
+            "temp_bytes": memory.temp_size_in_bytes,
+            "bf16_bytes": 2 * config.hidden_size * config.intermediate_size,
+            "calls": len(aot.CALL.findall(program.as_text())),
+            "floor_us": 1e6 * memory.argument_size_in_bytes / aot.CHIPS[chip][1],
+            "compile_seconds": time.perf_counter() - started,
+        }  # fmt: skip
+
+    return [row(name, step) for name in MODELS for step in STEPS]
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a row a program."""
+    lines = [
+        "| chip | model | step | arguments, MB | over packed | temp, MB | largest linear in bf16, MB | "
+        "kernels | floor, us |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['chip']} | {r['model']} | {r['step']} | {r['argument_bytes'] / 1e6:.1f} | "
+            f"{r['argument_bytes'] / r['packed_bytes'] - 1:.1%} | {r['temp_bytes'] / 1e6:.1f} | "
+            f"{r['bf16_bytes'] / 1e6:.1f} | {r['calls']} | {r['floor_us']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    aot.run(__file__, __doc__, CHIPS, compile_all, table)
