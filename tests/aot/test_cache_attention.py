@@ -11,8 +11,8 @@ SCRIPT = "aot_attention.py"
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_memory_is_that_of_the_packed_cache(chip, tpu_programs):
-    rows = [row for row in tpu_programs(chip, SCRIPT) if row["how"] == "pallas"]
+def test_memory_is_that_of_the_packed_cache(chip, compiled):
+    rows = [row for row in compiled(SCRIPT, chip) if row["how"] == "pallas"]
     assert {row["bits"] for row in rows} == {2, 3, 4, 8}
     for row in rows:
         small = row["model"] == "SmolLM2"
@@ -26,10 +26,10 @@ def test_memory_is_that_of_the_packed_cache(chip, tpu_programs):
             assert row["temp_bytes"] < (0.1 if small else 0.02) * row["bf16_bytes"], row
 
 
-def test_the_scan_copies_the_cache(tpu_programs):
+def test_the_scan_copies_the_cache(compiled):
     """Why there is a kernel: XLA moves the cache several times over."""
     rows = {
-        row["how"]: row for row in tpu_programs("v6e", SCRIPT) if row["model"] == "8B" and row["bits"] == 4
+        row["how"]: row for row in compiled(SCRIPT, "v6e") if row["model"] == "8B" and row["bits"] == 4
     }
     for how in ("scan", "dequantized"):
         assert rows[how]["accessed_bytes"] > 5 * rows[how]["argument_bytes"]
