@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, UInt, UInt8
 
-from jaxquant.kernels.integer_matmul import scan
+from jaxquant.kernels.integer_matmul import cpu, scan
+from jaxquant.kernels.platform import Backend, by_platform
+
+_integer_matmul = by_platform(scan.integer_matmul, {"cpu": cpu.KERNEL}, rows=3)
 
 
 def integer_matmul(
@@ -18,11 +21,13 @@ def integer_matmul(
     x_bits: int,
     bits: int,
     block: int,
+    backend: Backend | None = None,
 ) -> Float[Array, "*rows out"]:
     """`(x_lo + x_scale * x) @ (scale * (code - zero))` with products of integers (arXiv 2606.07116).
 
     Codes are multiplied as int8 and added up in int32, exactly; scales, offsets and zeros join in the dtype
-    of `x_scale`, where the result is, float32 or float64.
+    of `x_scale`, where the result is, float32 or float64. Derivatives of any order, in the scales, `x_lo` and
+    `zero`, are those of the portable implementation.
 
     Args:
       x: codes of activations, 0 to `2^x_bits - 1`; leading axes are free.
@@ -31,7 +36,15 @@ def integer_matmul(
       scale, zero: one row per group; the rows of a group are a whole number of blocks.
       x_bits, bits: 1 to 8.
       block: input rows in one packed block.
+      backend: `"portable"` scans over groups, everywhere; `"kernel"` is C++ on CPUs (`JAXQUANT_NATIVE=0`
+        turns it off), Pallas on TPUs. `None`: the kernel, where the program is lowered for such a platform
+        and it takes these arrays.
+
+    Raises:
+      UsageError: an unknown backend, or `"kernel"` where there is none.
     """
-    codes, x_scale, x_lo = (a.reshape(-1, a.shape[-1]) for a in (x, x_scale, x_lo))
-    y = scan.integer_matmul(codes, x_scale, x_lo, words, scale, zero, x_bits=x_bits, bits=bits, block=block)
+    rows = [a.reshape(-1, a.shape[-1]) for a in (x, x_scale, x_lo)]
+    y = _integer_matmul(
+        *rows, words, scale, zero, backend=backend, x_bits=x_bits, bits=bits, block=block
+    )  # fmt: skip
     return y.reshape(*x.shape[:-1], y.shape[-1])

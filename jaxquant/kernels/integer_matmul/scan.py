@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt, UInt8
 
+from jaxquant.kernels.platform import varying_alike
 from jaxquant.quant.packing import unpack
 
 
@@ -48,7 +49,8 @@ def integer_matmul(
         product = jax.lax.dot(p, q, preferred_element_type=jnp.int32).astype(wide)
         return acc + s[:, None] * product * big_s[None], None
 
-    acc, _ = jax.lax.scan(add_tile, jnp.zeros((rows, out), wide), (p, q, s.T, big_s))
+    start, *_ = varying_alike(jnp.zeros((rows, out), wide), x, x_scale, words, scale)
+    acc, _ = jax.lax.scan(add_tile, start, (p, q, s.T, big_s))
     sums_p = jnp.sum(p, axis=-1, dtype=jnp.int32).T.astype(wide)
     sums_q = jnp.sum(q, axis=1, dtype=jnp.int32).astype(wide)
     left = jnp.concatenate([c, -s * sums_p], axis=1)
