@@ -1,14 +1,14 @@
-"""What the compilers for TPUs and the H100 make of the dequantizing matmul, chip by chip, without a chip.
+"""What compilers for TPUs and the H100 make of products with packed weights, chip by chip, without a chip.
 
     python experiments/kernels/aot.py [--chip v6e]
 
 Compiles `jaxquant.kernels.dequant_matmul` ahead of time for linears of SmolLM2-135M, Llama-3-8B and
-Llama-3-70B, one token and 1024 tokens, in one process a chip, since a compiler may abort; with `--chip`, for
-that one in this process, and prints the rows. On v6e and H100 the scan and the plain product with a
-`jnp.uint4` or `jnp.uint2` weight are compiled beside it. Needs `libtpu` of the version that jax pins (extra
-`aot`), and `jax-cuda12-plugin` and `jax-cuda12-pjrt` of the version of jax, installed with `--no-deps`: no
-driver and no CUDA. Writes results/aot.json and results/aot.md. Nothing is run: `floor_us` is bytes over
-bandwidth.
+Llama-3-70B, one token and 1024 tokens, and for TPUs `integer_matmul` for some of them, in one process a chip,
+since a compiler may abort; with `--chip`, for that one in this process, and prints the rows. On v6e and H100
+the scan and the plain product with a `jnp.uint4` or `jnp.uint2` weight are compiled beside it. Needs `libtpu`
+of the version that jax pins (extra `aot`), and `jax-cuda12-plugin` and `jax-cuda12-pjrt` of the version of
+jax, installed with `--no-deps`: no driver and no CUDA. Writes results/aot.json and results/aot.md. Nothing is
+run: `floor_us` is bytes over bandwidth.
 """
 
 from __future__ import annotations
@@ -103,28 +103,31 @@ def compile_all(chip: str) -> list[dict]:
     import jax.numpy as jnp
 
     from jaxquant.kernels.dequant_matmul import dequant_matmul
+    from jaxquant.kernels.integer_matmul import integer_matmul
     from jaxquant.quant.packing import block_rows, packed_rows
 
     sharding = jax.sharding.SingleDeviceSharding(device(chip))
     array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
 
-    def packed(name: str, bits: int, tokens: int, backend: str | None) -> dict:
+    def weight(name: str, bits: int) -> tuple:
         rows, out, size = LINEARS[name]
         block = block_rows(size)
         per_group = array((rows // size, out), jnp.float16)
-        words = array((rows // block, packed_rows(block, bits), out), jnp.uint8)
-        product = functools.partial(dequant_matmul, bits=bits, block=block, backend=backend)
-        return row(
-            product,
-            name,
-            bits,
-            tokens,
-            {None: "pallas", "portable": "scan"}[backend],
-            bits / 8 * rows * out,
-            words,
-            per_group,
-            per_group,
-        )
+        return array((rows // block, packed_rows(block, bits), out), jnp.uint8), per_group, per_group
+
+    def packed(name: str, bits: int, tokens: int, backend: str | None) -> dict:
+        rows, out, size = LINEARS[name]
+        product = functools.partial(dequant_matmul, bits=bits, block=block_rows(size), backend=backend)
+        how = {None: "pallas", "portable": "scan"}[backend]
+        x = (array((tokens, rows), jnp.bfloat16),)
+        return row(product, name, bits, tokens, how, bits / 8 * rows * out, x, *weight(name, bits))
+
+    def integers(name: str, bits: int, tokens: int, x_groups: int) -> dict:
+        rows, out, size = LINEARS[name]
+        product = functools.partial(integer_matmul, x_bits=8, bits=bits, block=block_rows(size))
+        per_row = array((tokens, x_groups), jnp.float32)
+        x = (array((tokens, rows), jnp.uint8), per_row, per_row)
+        return row(product, name, bits, tokens, "int8", bits / 8 * rows * out, x, *weight(name, bits))
 
     def plain(x, w, scale, zero):
         grouped = w.reshape(scale.shape[0], -1, w.shape[1]).astype(x.dtype)
@@ -135,19 +138,20 @@ def compile_all(chip: str) -> list[dict]:
         rows, out, size = LINEARS[name]
         per_group = array((rows // size, out), jnp.float16)
         codes = array((rows, out), {2: jnp.uint2, 4: jnp.uint4}[bits])
-        return row(plain, name, bits, tokens, "jnp", bits / 8 * rows * out, codes, per_group, per_group)
+        x = (array((tokens, rows), jnp.bfloat16),)
+        return row(plain, name, bits, tokens, "jnp", bits / 8 * rows * out, x, codes, per_group, per_group)
 
-    def row(product, name, bits, tokens, how, code_bytes, *weight) -> dict:
+    def row(product, name, bits, tokens, how, code_bytes, x, *weight) -> dict:
         rows, out, size = LINEARS[name]
         started = time.perf_counter()
-        program = jax.jit(product).lower(array((tokens, rows), jnp.bfloat16), *weight).compile()
+        program = jax.jit(product).lower(*x, *weight).compile()
         memory, cost = program.memory_analysis(), program.cost_analysis() or {}
         metadata = 2 * 2 * rows // size * out
         return {
             "chip": chip, "linear": name, "in": rows, "out": out, "group": size, "bits": bits,
             "tokens": tokens, "how": how,
             "argument_bytes": memory.argument_size_in_bytes,
-            "packed_bytes": int(code_bytes) + metadata + 2 * tokens * rows,
+            "packed_bytes": int(code_bytes) + metadata + sum(a.size * a.dtype.itemsize for a in x),
             "temp_bytes": memory.temp_size_in_bytes,
             "bf16_bytes": 2 * rows * out,
             "accessed_bytes": cost.get("bytes accessed"),
@@ -158,6 +162,10 @@ def compile_all(chip: str) -> list[dict]:
 
     rows = [packed(name, bits, 1, None) for name in LINEARS for bits in WIDTHS]
     rows += [packed(name, 4, PREFILL, None) for name in LINEARS]
+    if chip != "H100":
+        rows += [integers("8B up", bits, 1, 1) for bits in (3, 4, 8)]
+        rows += [integers(name, 4, PREFILL, 1) for name in ("SmolLM2 up", "8B up", "70B down")]
+        rows += [integers("8B up", 4, PREFILL, LINEARS["8B up"][0] // LINEARS["8B up"][2])]
     if chip in ("v6e", "H100"):
         for tokens in (1, PREFILL):
             rows += [packed("8B up", bits, tokens, "portable") for bits in (2, 3, 4)]

@@ -1,14 +1,25 @@
-"""What Pallas kernels for TPUs share: packed words and float16, which no vector unit of a TPU knows."""
+"""What Pallas kernels for TPUs share: tiles, packed words, and float16, which none of their vector units knows."""
 
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt
 
 from jaxquant.quant.packing import planes
+
+#: A register of 32-bit values.
+LANES, SUBLANES = 128, 8
+
+
+def even(size: int, largest: int, unit: int) -> int:
+    """Length of a tile so that as few as possible cover `size`, about equally long, in whole units."""
+    if size <= largest:
+        return size
+    return math.ceil(size / math.ceil(size / largest) / unit) * unit
 
 
 def bits_of_half(a: Array) -> Array:

@@ -14,7 +14,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.errors import UsageError
 from jaxquant.kernels.dequant_matmul import dequant_matmul, reference, tpu
-from jaxquant.kernels.mosaic import bits_of_half, widened
 from jaxquant.quant import pack
 
 
@@ -81,16 +80,6 @@ def test_tiles_and_races(case, hardware):
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan") if hardware else True
     y = tpu.dequant_matmul(x, *weight, **options, interpret=interpret)
     assert_close(y, x, *weight, **options)
-
-
-def test_every_float16_is_widened_exactly():
-    every = jnp.arange(2**16, dtype=jnp.uint16)
-    half = jax.lax.bitcast_convert_type(every, jnp.float16)
-    finite = np.isfinite(np.asarray(half))
-    wide = np.asarray(widened(bits_of_half(half)))
-    np.testing.assert_array_equal(wide[finite], np.asarray(half, np.float32)[finite])
-    np.testing.assert_array_equal(np.isfinite(wide), finite)
-    np.testing.assert_array_equal(np.isnan(wide), np.isnan(np.asarray(half, np.float32)))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integer_problem import close, problem
 
 from jaxquant.errors import UsageError
 from jaxquant.kernels.integer_matmul import cpu, integer_matmul
@@ -23,28 +24,6 @@ def kernel():
     arrays, _ = problem(1, 1, 8, 1, 1, 8, 4, 4)
     if reason := cpu.KERNEL.refuses(*arrays, x_bits=4, bits=4, block=8):
         pytest.skip(reason)
-
-
-def problem(rows, blocks, block, groups, x_groups, out, bits, x_bits, scale_dtype=jnp.float16, seed=0):
-    """Arguments of the matmul, and its result in float64."""
-    rng = np.random.default_rng(seed)
-    channels = blocks * block
-    x = rng.integers(0, 2**x_bits, (rows, channels), dtype=np.uint8)
-    x_scale = np.float32(rng.uniform(0.5, 2, (rows, x_groups)))
-    x_lo = np.float32(rng.standard_normal((rows, x_groups)) * 2 ** (x_bits - 1))
-    codes = rng.integers(0, 2**bits, (blocks, block, out), dtype=np.uint8)
-    scale = np.asarray(rng.uniform(0.5, 2, (groups, out)) * rng.choice([-1, 1], (groups, out)), scale_dtype)
-    zero = np.asarray(rng.uniform(0, 2**bits, (groups, out)), scale_dtype)
-    per_x, per_w = channels // x_groups, channels // groups
-    values = np.repeat(np.float64(x_lo), per_x, axis=1) + np.repeat(np.float64(x_scale), per_x, axis=1) * x
-    steps = codes.reshape(channels, out) - np.repeat(np.float64(zero), per_w, axis=0)
-    words = jax.jit(pack, static_argnums=1)(codes, bits)
-    weight = np.repeat(np.float64(scale), per_w, axis=0) * steps
-    return tuple(map(jnp.asarray, (x, x_scale, x_lo, words, scale, zero))), values @ weight
-
-
-def close(y, expected, tolerance=1e-5):
-    np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance * np.max(np.abs(expected)))
 
 
 @pytest.mark.usefixtures("kernel")
@@ -85,7 +64,7 @@ def test_tasks_of_several_threads(rows):
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("extreme", [0, 255])
 def test_sums_of_extreme_codes_are_exact(bits, extreme):
-    """No instruction saturates: codes that are all largest, or smallest, whose result float32 holds exactly."""
+    """No instruction saturates, even where all codes are at an end; float32 holds these results exactly."""
     channels, top = 512, 2**bits - 1
     x = jnp.full((5, channels), extreme, jnp.uint8)
     words = jax.jit(pack, static_argnums=1)(jnp.full((4, 128, 40), top, jnp.uint8), bits)

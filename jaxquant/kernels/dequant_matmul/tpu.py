@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, UInt
 
-from jaxquant.kernels.mosaic import bits_of_half, unpack_int32, widened
+from jaxquant.kernels.mosaic import LANES, SUBLANES, bits_of_half, even, unpack_int32, widened
 from jaxquant.kernels.platform import Kernel
 
 # Of 16 MiB of VMEM, which is what v4 has and what the compiler grants on every chip: a tile of the weight
@@ -22,7 +21,6 @@ from jaxquant.kernels.platform import Kernel
 _IN, _OUT = 1024, 1024
 _TILE_BYTES = 2 * _IN * _OUT
 _ROW_BYTES = 1024
-_LANES, _SUBLANES = 128, 8
 
 
 class _Tiles(NamedTuple):
@@ -89,11 +87,11 @@ def dequant_matmul(
 
 
 def _refuses(x: Any, words: Any, scale: Any, zero: Any, *, bits: int, block: int) -> str:
-    tile = _in_blocks(words.shape[0], block) * block * _LANES * x.dtype.itemsize
+    tile = _in_blocks(words.shape[0], block) * block * LANES * x.dtype.itemsize
     taken = (
         x.dtype in (jnp.bfloat16, jnp.float32)
         and min(x.shape[0], *words.shape) > 0
-        and block % _SUBLANES == 0
+        and block % SUBLANES == 0
         and tile <= _TILE_BYTES
     )
     return (
@@ -113,27 +111,20 @@ def _tiles(rows: int, blocks: int, block: int, out: int, groups: int, itemsize: 
     in_blocks = _in_blocks(blocks, block)
     in_groups = in_blocks * groups // blocks
     # A block of an array is whole or made of whole registers.
-    cut = in_groups % _SUBLANES == 0 and in_groups * blocks == in_blocks * groups
-    widest = min(_OUT, _TILE_BYTES // (in_blocks * block * itemsize) // _LANES * _LANES)
+    cut = in_groups % SUBLANES == 0 and in_groups * blocks == in_blocks * groups
+    widest = min(_OUT, _TILE_BYTES // (in_blocks * block * itemsize) // LANES * LANES)
     return _Tiles(
-        rows=_even(rows, _ROW_BYTES // itemsize, 2 * _SUBLANES),
+        rows=even(rows, _ROW_BYTES // itemsize, 2 * SUBLANES),
         blocks=in_blocks,
-        out=_even(out, widest, _LANES),
+        out=even(out, widest, LANES),
         groups=in_groups if cut else groups,
     )
 
 
 def _in_blocks(blocks: int, block: int) -> int:
     """The most blocks of up to `_IN` rows that divide all and begin at whole lanes of x; else all blocks."""
-    fitting = [d for d in range(1, _IN // block + 1) if blocks % d == 0 and d * block % _LANES == 0]
+    fitting = [d for d in range(1, _IN // block + 1) if blocks % d == 0 and d * block % LANES == 0]
     return max(fitting, default=blocks)
-
-
-def _even(size: int, largest: int, unit: int) -> int:
-    """Length of a tile so that as few as possible cover `size`, about equally long, in whole units."""
-    if size <= largest:
-        return size
-    return math.ceil(size / math.ceil(size / largest) / unit) * unit
 
 
 def _kernel(

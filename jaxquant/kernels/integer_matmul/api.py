@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, UInt, UInt8
 
-from jaxquant.kernels.integer_matmul import cpu, scan
+from jaxquant.kernels.integer_matmul import cpu, scan, tpu
 from jaxquant.kernels.platform import Backend, by_platform
 
-_integer_matmul = by_platform(scan.integer_matmul, {"cpu": cpu.KERNEL}, rows=3)
+_integer_matmul = by_platform(scan.integer_matmul, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL}, rows=3)
 
 
 def integer_matmul(

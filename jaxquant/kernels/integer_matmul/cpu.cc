@@ -1,4 +1,4 @@
-// Quantized activations [rows, in] times packed words [blocks, words, out]; see quant/packing.py for the layout.
+// Quantized activations [rows, in] times packed words [blocks, words, out] in the layout of quant/packing.py.
 //
 // y[m, n] = sum_t S (s (sum_k p q - Z sum_k p) + c (sum_k q - N Z)),  k in piece t
 //
@@ -10,14 +10,14 @@
 
 #include <numeric>
 
-#include "../packed.h"
+#include "native.h"
 
 namespace {
 
 namespace ffi = xla::ffi;
-using jaxquant::Parallel;
 using jaxquant::Plane;
 using jaxquant::PlanesOf;
+using jaxquant::Run;
 using jaxquant::Widen;
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -261,7 +261,8 @@ void AddTile(const Problem& p, const Strip& strip, const Tile& tile, int64_t b, 
       for (int r = 0; r < kRows; ++r) {
         float* target = y + r * y_stride + column;
         const int32_t sum = tile.sums[place + r];
-        const Floats product = __builtin_convertvector(sums[r][v] - p.middle * sum, Floats) - zero * static_cast<float>(sum);
+        const Floats centred = __builtin_convertvector(sums[r][v] - p.middle * sum, Floats);
+        const Floats product = centred - zero * static_cast<float>(sum);
         Store(target, Load<Floats>(target) + tile.scale[place + r] * scale * product +
                           tile.middle[place + r] * weight);
       }
@@ -269,8 +270,8 @@ void AddTile(const Problem& p, const Strip& strip, const Tile& tile, int64_t b, 
   }
 }
 
-// `columns` columns of one block of words -> its strips one after the other, quads of rows of a plane in each,
-// the last rows of a plane repeated. Rows are read along, as memory likes it.
+// `columns` columns of one block of words -> its strips one after the other, quads of rows of a plane in
+// each, the last rows of a plane repeated. Rows are read along, as memory likes it.
 void InterleaveBlock(const Problem& p, const uint8_t* words, int64_t columns, uint8_t* strips) {
   uint8_t copies[4][kStrip] = {};
   for (const Plane& plane : p.planes) {
@@ -333,8 +334,8 @@ void Columns(const Problem& p, const std::vector<int32_t>& ones, const Tile* til
 }
 
 ffi::Error IntegerMatmul(ffi::ThreadPool pool, int64_t x_bits, int64_t bits, ffi::Buffer<ffi::U8> x,
-                         ffi::Buffer<ffi::F32> x_scale, ffi::Buffer<ffi::F32> x_lo, ffi::Buffer<ffi::U8> words,
-                         ffi::AnyBuffer scale, ffi::AnyBuffer zero, ffi::ResultBuffer<ffi::F32> y) {
+                         ffi::Buffer<ffi::F32> x_scale, ffi::Buffer<ffi::F32> x_lo,
+                         ffi::Buffer<ffi::U8> words, ffi::AnyBuffer scale, ffi::AnyBuffer zero, ffi::ResultBuffer<ffi::F32> y) {
   Problem p;
   p.x = x.typed_data();
   p.x_scale = x_scale.typed_data();
@@ -361,7 +362,7 @@ ffi::Error IntegerMatmul(ffi::ThreadPool pool, int64_t x_bits, int64_t bits, ffi
   FillRow(p, 1, 1, 0, ones.data(), [](int64_t) { return 1; });
 
   std::vector<Tile> tiles((p.rows + kTileRows - 1) / kTileRows);
-  Parallel(pool, tiles.size(), [&](int64_t i) { tiles[i] = MakeTile(p, i * kTileRows); });
+  Run(pool, tiles.size(), [&](int64_t i) { tiles[i] = MakeTile(p, i * kTileRows); });
 
   const int64_t bands = (tiles.size() + kTaskTiles - 1) / kTaskTiles;
   const int64_t strips = (p.out + kStrip - 1) / kStrip;
@@ -369,7 +370,7 @@ ffi::Error IntegerMatmul(ffi::ThreadPool pool, int64_t x_bits, int64_t bits, ffi
   const int64_t worthwhile = std::max<int64_t>(1, p.rows * p.in * p.out / kProductsOfTask);
   // More parts than threads, so that one that is interrupted does not hold up the others.
   const int64_t parts = std::min({strips, worthwhile, threads == 1 ? 1 : 4 * threads});
-  Parallel(pool, bands * parts, [&](int64_t i) {
+  Run(pool, bands * parts, [&](int64_t i) {
     const int64_t part = i / bands, tile = i % bands * kTaskTiles;
     const int64_t first = part * strips / parts * kStrip, last = (part + 1) * strips / parts * kStrip;
     Columns(p, ones, &tiles[tile], std::min<int64_t>(kTaskTiles, tiles.size() - tile), first,

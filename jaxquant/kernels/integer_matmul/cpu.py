@@ -31,7 +31,8 @@ def integer_matmul(
 ) -> Float[Array, "rows out"]:
     """As `scan.integer_matmul` in float32, over tiles inside one block of words and one group of x.
 
-    Shapes as in `reference`; `x_scale` and `x_lo` are float32, `scale` and `zero` both float16 or both float32.
+    Shapes as in `reference`; `x_scale` and `x_lo` are float32, `scale` and `zero` both float16 or both
+    float32.
     """
     y = jax.ShapeDtypeStruct((x.shape[0], words.shape[2]), jnp.float32)
     return jax.ffi.ffi_call(_TARGET, y)(x, x_scale, x_lo, words, scale, zero, x_bits=x_bits, bits=bits)
@@ -48,7 +49,7 @@ def _refuses(
         return f"scales and zeros are {scale.dtype} and {zero.dtype}, not both float16 or float32"
     if block > _LARGEST_BLOCK:
         return f"blocks of {block} rows are larger than {_LARGEST_BLOCK}"
-    return native.missing(Path(__file__).with_suffix(".cc"), _TARGET, "JaxquantIntegerMatmul")
+    return native.missing(Path(__file__).with_suffix(".cc"), ((_TARGET, "JaxquantIntegerMatmul"),))
 
 
 KERNEL = Kernel(integer_matmul, _refuses)
