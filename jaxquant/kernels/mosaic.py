@@ -1,4 +1,4 @@
-"""What Pallas kernels for TPUs share: tiles, packed words, and float16, which none of their vector units knows."""
+"""What Pallas kernels for TPUs share: tiles, packed words, float16, which no vector unit of a TPU knows."""
 
 from __future__ import annotations
 
