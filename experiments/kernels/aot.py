@@ -127,7 +127,8 @@ def compile_all(chip: str) -> list[dict]:
         product = functools.partial(integer_matmul, x_bits=8, bits=bits, block=block_rows(size))
         per_row = array((tokens, x_groups), jnp.float32)
         x = (array((tokens, rows), jnp.uint8), per_row, per_row)
-        return row(product, name, bits, tokens, "int8", bits / 8 * rows * out, x, *weight(name, bits))
+        how = "int8" if x_groups == 1 else "int8, x in groups"
+        return row(product, name, bits, tokens, how, bits / 8 * rows * out, x, *weight(name, bits))
 
     def plain(x, w, scale, zero):
         grouped = w.reshape(scale.shape[0], -1, w.shape[1]).astype(x.dtype)

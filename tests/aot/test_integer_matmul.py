@@ -9,13 +9,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
 def test_memory_is_that_of_the_packed_weight(chip, tpu_programs):
-    rows = [row for row in tpu_programs(chip) if row["how"] == "int8"]
+    rows = [row for row in tpu_programs(chip) if row["how"].startswith("int8")]
     assert {row["bits"] for row in rows} == {3, 4, 8}
     assert all(row["calls"] == (chip != "v4") for row in rows)
     for row in rows:
         small = row["linear"].startswith("SmolLM2")
         # Registers are 8 x 128: of SmolLM2 9 groups take 16.
         assert row["argument_bytes"] < (1.2 if small else 1.05) * row["packed_bytes"], row
-        # v5p copies scales; elsewhere a prefill of 28672 channels holds its codes once more, by pieces.
-        if chip != "v4" and not small:
+        # A prefill may hold its codes once more, by pieces; v5p copies scales.
+        if not small:
             assert row["temp_bytes"] < (0.05 if row["tokens"] == 1 else 0.15) * row["bf16_bytes"], row

@@ -36,7 +36,7 @@ def integer_matmul(
       scale, zero: one row per group; the rows of a group are a whole number of blocks.
       x_bits, bits: 1 to 8.
       block: input rows in one packed block.
-      backend: `"portable"` scans over groups, everywhere; `"kernel"` is C++ on CPUs (`JAXQUANT_NATIVE=0`
+      backend: `"portable"` scans over blocks, everywhere; `"kernel"` is C++ on CPUs (`JAXQUANT_NATIVE=0`
         turns it off), Pallas on TPUs. `None`: the kernel, where the program is lowered for such a platform
         and it takes these arrays.
 

@@ -1,4 +1,4 @@
-"""The portable implementation: a scan over groups of int8 products that XLA adds up in int32."""
+"""The portable implementation: a scan over blocks, each unpacked alone, of int8 products summed in int32."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def integer_matmul(
     bits: int,
     block: int,
 ) -> Float[Array, "rows out"]:
-    """With tiles t of channels inside one group of either side, and codes p, q with their middle at 0:
+    """With tiles t of channels inside one block of words and one group of x, and codes p, q with middle 0:
 
         y = sum_t s_t S_t (p_t . q_t) + sum_t c_t S_t (sum q_t - n Z_t) - sum_t s_t (sum p_t) S_t Z_t
 
@@ -32,28 +32,35 @@ def integer_matmul(
     a tile. Shapes as in `reference`. Centred codes of up to 8 bits are int8; the sums are exact in int32.
     """
     rows, channels = x.shape
-    wide, out = x_scale.dtype, words.shape[-1]
-    size = math.gcd(channels // x_scale.shape[1], channels // scale.shape[0])
+    blocks, _, out = words.shape
+    wide = x_scale.dtype
+    size = math.gcd(block, channels // x_scale.shape[1])
     tiles = channels // size
 
     def spread(a: Array, axis: int) -> Array:
         return jnp.repeat(a.astype(wide), tiles // a.shape[axis], axis=axis)
 
+    def by_block(a: Array) -> Array:
+        return a.reshape(blocks, tiles // blocks, *a.shape[1:])
+
     p = _centred(x, x_bits).reshape(rows, tiles, size).swapaxes(0, 1)
-    q = _centred(unpack(words, bits, block).reshape(channels, out), bits).reshape(tiles, size, out)
     s, big_s = spread(x_scale, 1), spread(scale, 0)
     c, big_z = spread(x_lo, 1) + s * 2 ** (x_bits - 1), spread(zero, 0) - 2 ** (bits - 1)
 
-    def add_tile(acc: Array, tile: tuple[Array, Array, Array, Array]) -> tuple[Array, None]:
-        p, q, s, big_s = tile
-        product = jax.lax.dot(p, q, preferred_element_type=jnp.int32).astype(wide)
-        return acc + s[:, None] * product * big_s[None], None
+    # Else the backward pass would keep a product of every block.
+    @jax.checkpoint
+    def add_block(acc: Array, block_of: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        own_words, p, s, big_s = block_of
+        q = _centred(unpack(own_words, bits, block), bits).reshape(-1, size, out)
+        product = jnp.einsum("tri,tio->tro", p, q, preferred_element_type=jnp.int32).astype(wide)
+        weighted = s[:, :, None] * product * big_s[:, None]
+        return acc + jnp.sum(weighted, axis=0), jnp.sum(q, axis=1, dtype=jnp.int32)
 
     start, *_ = varying_alike(jnp.zeros((rows, out), wide), x, x_scale, words, scale)
-    acc, _ = jax.lax.scan(add_tile, start, (p, q, s.T, big_s))
+    acc, sums_q = jax.lax.scan(add_block, start, (words, *map(by_block, (p, s.T, big_s))))
     sums_p = jnp.sum(p, axis=-1, dtype=jnp.int32).T.astype(wide)
-    sums_q = jnp.sum(q, axis=1, dtype=jnp.int32).astype(wide)
     left = jnp.concatenate([c, -s * sums_p], axis=1)
+    sums_q = sums_q.reshape(tiles, out).astype(wide)
     right = jnp.concatenate([big_s * (sums_q - size * big_z), big_s * big_z])
     return acc + jnp.matmul(left, right, precision="highest")
 
