@@ -29,7 +29,7 @@ def integer_matmul(
     bits: int,
     block: int,
 ) -> Float[Array, "rows out"]:
-    """As `scan.integer_matmul` in float32, over tiles inside one block of words and one group of x.
+    """As `scan.integer_matmul`, in float32.
 
     Shapes as in `reference`; `x_scale` and `x_lo` are float32, `scale` and `zero` both float16 or both
     float32.

@@ -37,7 +37,7 @@ def integer_matmul(
     block: int,
     interpret: Any = False,
 ) -> Float[Array, "rows out"]:
-    """As `scan.integer_matmul` in float32; its tiles t lie inside one block of words and one group of x.
+    """As `scan.integer_matmul`, in float32.
 
         y = sum_t s_t S_t (p_t . q_t) + sum_t c_t S_t (sum q_t - n Z_t) - sum_t s_t (sum p_t) S_t Z_t
 
