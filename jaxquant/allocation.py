@@ -174,9 +174,9 @@ def measure(
         raise UsageError(
             f"domains {', '.join(names) or 'none'}: give a task and a general text, of different names"
         )
-    masks = {recipe.mask for recipe in recipes.values()}
-    if len(masks) > 1:
-        raise UsageError(f"recipes mask {' and '.join(sorted(masks))} tokens; give all widths one mask")
+    mask, *others = (recipe.mask for recipe in recipes.values())
+    if any(other != mask for other in others):
+        raise UsageError(f"recipes mask {', '.join([mask, *others])} tokens; give all widths one mask")
     parts = {text.name: text.parts(source, items=items) for text in texts}
     domains = {name: domain for name, (domain, _, _) in parts.items()}
     tokenizer, config = source.tokenizer(), source.config
@@ -223,7 +223,6 @@ def measure(
     else:
         # Another number of cores may round to another best share.
         notes = stored["notes"]
-    (mask,) = masks
     moments = mix({name: seen(own, mask=mask) for name, own in calibration.items()}, notes["shares"])
     del seen, params  # another copy is loaded
     return measure_sensitivity(

@@ -28,8 +28,6 @@ def test_memory_is_that_of_the_packed_cache(chip, compiled):
 
 def test_the_scan_copies_the_cache(compiled):
     """Why there is a kernel: XLA moves the cache several times over."""
-    rows = {
-        row["how"]: row for row in compiled(SCRIPT, "v6e") if row["model"] == "8B" and row["bits"] == 4
-    }
+    rows = {row["how"]: row for row in compiled(SCRIPT, "v6e") if row["model"] == "8B" and row["bits"] == 4}
     for how in ("scan", "dequantized"):
         assert rows[how]["accessed_bytes"] > 5 * rows[how]["argument_bytes"]
