@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from jaxquant.calibrate.collect import model_moments
 from jaxquant.calibrate.mixture import energy_traces, mix, search_mixture
+from jaxquant.calibrate.moments import Mask
 from jaxquant.calibrate.text import eval_windows, read_text, token_ids, windows
 from jaxquant.errors import InputError, UsageError
 from jaxquant.evaluate.probe import Domain, gold_tokens
@@ -174,9 +175,9 @@ def measure(
         raise UsageError(
             f"domains {', '.join(names) or 'none'}: give a task and a general text, of different names"
         )
-    mask, *others = (recipe.mask for recipe in recipes.values())
-    if any(other != mask for other in others):
-        raise UsageError(f"recipes mask {', '.join([mask, *others])} tokens; give all widths one mask")
+    masks: list[Mask] = [recipe.mask for recipe in recipes.values()]
+    if len(set(masks)) > 1:
+        raise UsageError(f"recipes mask {', '.join(masks)} tokens; give all widths one mask")
     parts = {text.name: text.parts(source, items=items) for text in texts}
     domains = {name: domain for name, (domain, _, _) in parts.items()}
     tokenizer, config = source.tokenizer(), source.config
@@ -223,7 +224,7 @@ def measure(
     else:
         # Another number of cores may round to another best share.
         notes = stored["notes"]
-    moments = mix({name: seen(own, mask=mask) for name, own in calibration.items()}, notes["shares"])
+    moments = mix({name: seen(own, mask=masks[0]) for name, own in calibration.items()}, notes["shares"])
     del seen, params  # another copy is loaded
     return measure_sensitivity(
         source, recipes, moments, domains, path, unit=unit, describe=describe, notes=notes, on_cell=on_cell

@@ -183,9 +183,8 @@ def main() -> None:
     parser.add_argument("--gguf", help="the model for llama.cpp, which is left out without it")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    peers = [
-        name for name in ("torch", "transformers", "llama_cpp") if importlib.util.find_spec(name) is not None
-    ]
+    peers = ["torch", "transformers", "llama_cpp_python"]
+    peers = [name for name in peers if importlib.util.find_spec(name.removesuffix("_python")) is not None]
     if "torch" in peers:
         import torch
 
