@@ -176,8 +176,8 @@ def measure(
             f"domains {', '.join(names) or 'none'}: give a task and a general text, of different names"
         )
     masks: list[Mask] = [recipe.mask for recipe in recipes.values()]
-    if len(set(masks)) > 1:
-        raise UsageError(f"recipes mask {', '.join(masks)} tokens; give all widths one mask")
+    if len(set(masks)) != 1:
+        raise UsageError(f"give recipes, and all of them one mask, not {', '.join(masks) or 'none'}")
     parts = {text.name: text.parts(source, items=items) for text in texts}
     domains = {name: domain for name, (domain, _, _) in parts.items()}
     tokenizer, config = source.tokenizer(), source.config

@@ -24,8 +24,9 @@ def measure_speed(
     """Tokens per second of prefill and decode for one text, compilation left out, medians over `repeats`.
 
     A prompt is read in one call; then `tokens` greedy steps follow, one call each. What a step has to move is
-    every weight once (one row of an embedding that is not the head, too) and the whole cache; the roofline is
-    that at the bandwidth of a float32 product of a matrix of 256 MiB with a vector, measured beside it.
+    every weight once (one row of an embedding that is not the head, too) and the cache, counted as full as it
+    is in the end; the roofline is that at the bandwidth of a float32 product of a matrix of 256 MiB with a
+    vector, measured beside it.
 
     Args:
       params: dense or packed.

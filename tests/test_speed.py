@@ -41,7 +41,7 @@ def test_a_backend_is_chosen_for_all_matmuls_inside():
     assert calls() == 1
     with use_backend("portable"):
         assert calls() == 0
-    with use_backend("kernel"), pytest.raises(UsageError, match="no kernel, since there is none"):
+    with use_backend("kernel"):  # where there is one
         multiply.trace(x, q).lower(lowering_platforms=("rocm",))
     with (
         use_backend("fast"),

@@ -16,7 +16,7 @@ def bench(
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of both; medians are taken.")] = 5,
     backend: Annotated[
         str | None,
-        typer.Option("--backend", help="portable or kernel; default: the kernel where there is one."),
+        typer.Option("--backend", help="portable: no kernels; kernel: where there are some, the default."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

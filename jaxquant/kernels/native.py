@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import logging
 import os
@@ -12,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -24,17 +24,26 @@ _FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-w", "-sh
 _HEADER = Path(__file__).with_suffix(".h")
 _TIMEOUT = 300
 
+# A build that failed is tried again where another compiler may be found.
+_libraries: dict[Path, ctypes.CDLL] = {}
+_failed: set[tuple[Path, str | None, str | None]] = set()
+_lock = threading.Lock()
 _log = logging.getLogger(__name__)
 
 
-@functools.cache
 def _registered(source: Path, targets: tuple[tuple[str, str], ...]) -> bool:
-    library = load(source)
-    if library is None:
-        return False
-    for target, symbol in targets:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
-    return True
+    tried = (source, os.environ.get("CXX"), os.environ.get("PATH"))
+    with _lock:
+        if source not in _libraries and tried not in _failed:
+            library = load(source)
+            if library is None:
+                _failed.add(tried)
+                return False
+            for target, symbol in targets:
+                capsule = jax.ffi.pycapsule(getattr(library, symbol))
+                jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+            _libraries[source] = library
+    return source in _libraries
 
 
 def missing(source: Path, targets: tuple[tuple[str, str], ...]) -> str:
@@ -64,7 +73,7 @@ def load(source: Path) -> ctypes.CDLL | None:
     """
     try:
         return _load(source)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError, ValueError) as error:  # Runtime: no home
         _log.debug("no native kernel from %s: %s", source.name, error)
         return None
 

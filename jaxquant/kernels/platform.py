@@ -19,8 +19,8 @@ from jaxquant.errors import UsageError
 Backend: TypeAlias = Literal["portable", "kernel"]
 BACKENDS = ("portable", "kernel")
 
-#: A context that chooses for all operations inside: `with use_backend("portable"): ...`. Programs that were
-#: compiled under another choice are not used.
+#: A context that chooses for all operations inside: `with use_backend("portable"): ...`; `"kernel"` are the
+#: kernels where there are some. Programs that were compiled under another choice are not used.
 use_backend: Any = jax.make_user_context(None)
 
 # Platforms whose calls `jax.export` rejects: nothing vouches for them on the machine that will run them.
@@ -57,10 +57,10 @@ def by_platform(
     """`portable(*arrays, **layout)`, computed by a kernel where one takes the arrays.
 
     It is a primitive, since no device is asked while tracing: the choice is made where a program is lowered.
-    In all but its value it is `portable`: derivatives of any order, programs for several devices that XLA
-    divides by itself (inside `jax.shard_map` kernels run), and `jax.export` for CPUs and GPUs, whose kernels
-    are not part of a program. `jax.vmap` over the first `rows` arrays makes more rows of one call, over
-    others loops.
+    In all but its value it is `portable`: derivatives of any order (but no `jax.linear_transpose`), programs
+    for several devices that XLA divides by itself (inside `jax.shard_map` kernels run), and `jax.export` for
+    CPUs and GPUs, whose kernels are not part of a program. `jax.vmap` over the first `rows` arrays makes more
+    rows of one call, over others, or where it would copy more of these than it is given, it loops.
 
     Args:
       portable: its name is that of the primitive.
@@ -74,18 +74,23 @@ def by_platform(
     primitive = Primitive(f"{portable.__name__}_by_platform")
 
     def bind(*arrays: Array, backend: Backend | None = None, **layout: Any) -> Array:
-        backend = use_backend.value if backend is None else backend
-        check_backend(backend)
-        if backend == "portable":
+        chosen = use_backend.value if backend is None else backend
+        check_backend(chosen)
+        if chosen == "portable":
             return portable(*arrays, **layout)
-        return primitive.bind(*varying_alike(*arrays), backend=backend, **layout)
+        asked, strict = chosen == "kernel", backend == "kernel"
+        return primitive.bind(*varying_alike(*arrays), asked=asked, strict=strict, **layout)
 
-    def shape(*avals: Any, backend: Backend | None, **layout: Any) -> Any:
+    def again(*arrays: Array, asked: bool, strict: bool, **layout: Any) -> Array:
+        return primitive.bind(*varying_alike(*arrays), asked=asked, strict=strict, **layout)
+
+    def shape(*avals: Any, asked: bool, strict: bool, **layout: Any) -> Any:
         inputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
         result = jax.eval_shape(functools.partial(portable, **layout), *inputs)
         return avals[0].update(shape=result.shape, dtype=result.dtype, weak_type=False)
 
-    def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], *, backend: Any, **layout: Any) -> Any:
+    def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], **params: Any) -> Any:
+        layout = {key: value for key, value in params.items() if key not in ("asked", "strict")}
         moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
         moving = [i for i in moving if jnp.issubdtype(primals[i].dtype, jnp.floating)]
 
@@ -96,23 +101,28 @@ def by_platform(
             return portable(*arrays, **layout)
 
         _, tangent = jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
-        return bind(*primals, backend=backend, **layout), tangent
+        return again(*primals, **params), tangent
 
     def batch(arrays: tuple[Array, ...], axes: tuple[int | None, ...], **params: Any) -> tuple[Array, int]:
         size = next(a.shape[i] for a, i in zip(arrays, axes, strict=True) if i is not None)
         front = [a if i is None else jnp.moveaxis(a, i, 0) for a, i in zip(arrays, axes, strict=True)]
-        if all(axis is None for axis in axes[rows:]):
+        alone, mapped = (
+            sum(a.size for a, i in zip(front[:rows], axes[:rows], strict=True) if (i is None) == out)
+            for out in (True, False)
+        )
+        if all(axis is None for axis in axes[rows:]) and alone <= mapped:
             own = [
                 a if axis is not None else jnp.broadcast_to(a, (size, *a.shape))
                 for a, axis in zip(front[:rows], axes[:rows], strict=True)
             ]
-            y = bind(*(a.reshape(-1, *a.shape[2:]) for a in own), *front[rows:], **params)
-            return y.reshape(size, -1, *y.shape[1:]), 0
+            count = own[0].shape[1]
+            y = again(*(a.reshape(size * a.shape[1], *a.shape[2:]) for a in own), *front[rows:], **params)
+            return y.reshape(size, count, *y.shape[1:]), 0
         stacked = [a for a, axis in zip(front, axes, strict=True) if axis is not None]
 
         def one(slices: list[Array]) -> Array:
             left = iter(slices)
-            return bind(
+            return again(
                 *(a if axis is None else next(left) for a, axis in zip(front, axes, strict=True)), **params
             )
 
@@ -123,17 +133,22 @@ def by_platform(
         kernel = kernels.get(platform or "")
         lower_kernel = kernel and mlir.lower_fun(kernel.call, multiple_results=False)
 
-        def rule(context: mlir.LoweringRuleContext, *operands: Any, backend: Any, **layout: Any) -> Any:
+        def rule(
+            context: mlir.LoweringRuleContext, *operands: Any, asked: bool, strict: bool, **layout: Any
+        ) -> Any:
             reason = "there is none for this platform"
             if kernel and lower_kernel:
                 reason = (
                     _cannot_hold_calls(context.module_context, platform)
+                    or _symbolic(context.avals_in)
                     or kernel.refuses(*context.avals_in, **layout)
-                    or _unfit(kernel, context.module_context, platform, asked=backend == "kernel")
+                    or _unfit(kernel, context.module_context, platform, asked=asked)
                 )
                 if not reason:
-                    return lower_kernel(context, *operands, **layout)
-            if backend == "kernel":
+                    # Kernels count in int32, whatever the program around them does.
+                    with jax.enable_x64(False):
+                        return lower_kernel(context, *operands, **layout)
+            if strict:
                 raise UsageError(f"{portable.__name__}: no kernel, since {reason}; use backend='portable'")
             return lower_portable(context, *operands, **layout)
 
@@ -141,9 +156,13 @@ def by_platform(
 
     @functools.cache
     def compiled(**params: Any) -> Callable[..., Array]:
-        return jax.jit(functools.partial(bind, **params))
+        return jax.jit(functools.partial(again, **params))
 
-    primitive.def_impl(lambda *arrays, **params: compiled(**params)(*arrays))
+    def run(*arrays: Array, **params: Any) -> Array:
+        with jax.disable_jit(False):  # there is nothing to run step by step
+            return compiled(**params)(*arrays)
+
+    primitive.def_impl(run)
     primitive.def_abstract_eval(shape)
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
@@ -173,6 +192,11 @@ def _cannot_hold_calls(module: Any, platform: str | None) -> str:
     else:
         divided = names != frozenset(context.mesh.axis_names)
     return "XLA does not divide a call: run it inside jax.shard_map" if divided else ""
+
+
+def _symbolic(avals: Any) -> str:
+    sizes = (size for aval in avals for size in aval.shape)
+    return "" if all(isinstance(size, int) for size in sizes) else "shapes are symbolic"
 
 
 def _unfit(kernel: Kernel, module: Any, platform: str | None, *, asked: bool) -> str:

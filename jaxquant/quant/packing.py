@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, UInt
 
+from jaxquant.errors import InputError
+
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _LARGEST_BLOCK = 128
 
@@ -82,3 +84,20 @@ def unpack(words: UInt[Array, "*stack words out"], bits: int, rows: int) -> UInt
         start, shift = start + depth, shift + plane
     assert codes is not None
     return codes
+
+
+def check_packed(channels: int, words: Array, scale: Array, zero: Array, *, bits: int, block: int) -> None:
+    """InputError unless words, scales and zeros are those of `channels` inputs: kernels rely on it."""
+    depth = packed_rows(block, bits, jnp.iinfo(words.dtype).bits)
+    blocks, out = words.shape[0], words.shape[2]
+    groups = scale.shape[0]
+    if words.shape[1] != depth or blocks * block != channels:
+        raise InputError(
+            f"words {words.shape} of {words.dtype} do not hold {channels} rows of {bits}-bit codes in blocks "
+            f"of {block}: that is {(channels // block, depth, out)}"
+        )
+    if scale.shape != (groups, out) or zero.shape != scale.shape or groups < 1 or blocks % groups:
+        raise InputError(
+            f"scales {scale.shape} and zeros {zero.shape} do not fit {blocks} blocks of {out} outputs: give "
+            "both one row for each group, which has a whole number of blocks"
+        )

@@ -29,7 +29,9 @@ def attend(request):
 
 
 def skip_without_kernel(backend):
-    arrays = [jax.ShapeDtypeStruct((1, 1, 1, 1), dtype) for dtype in (jnp.float32, *[jnp.float16] * 8)]
+    store = (jnp.uint8, jnp.float16, jnp.float16)
+    dtypes = (jnp.float32, jnp.int32, jnp.int32, *store, *store)
+    arrays = [jax.ShapeDtypeStruct((1, 1, 1, 1), dtype) for dtype in dtypes]
     if backend == "kernel" and (reason := cpu.KERNEL.refuses(*arrays, k_grid=GRID, v_grid=GRID)):
         pytest.skip(reason)
 

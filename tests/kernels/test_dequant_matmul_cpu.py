@@ -175,6 +175,16 @@ def test_many_rows_multiply_tiles(monkeypatch, bits, out, scale_dtype):
     close(multiply(*arguments), expected)
 
 
+@pytest.mark.usefixtures("kernel")
+def test_tiles_stay_narrow_where_there_are_many_inputs():
+    """28672 x 8192 is a linear of Llama-3-70B, 940 MB in float32."""
+    array = jax.ShapeDtypeStruct
+    half = array((224, 8192), jnp.float16)
+    arguments = (array((65, 28672), jnp.float32), array((224, 64, 8192), jnp.uint8), half, half)
+    multiply = jax.jit(functools.partial(dequant_matmul, bits=4, block=128, backend="kernel"))
+    assert multiply.lower(*arguments).compile().memory_analysis().temp_size_in_bytes < 30e6
+
+
 @pytest.mark.parametrize("case", ["words", "x", "scale"])
 def test_what_the_kernel_does_not_take(case):
     (x, words, scale, zero), expected = problem(1, 2, 16, 2, 20, 4)

@@ -9,6 +9,7 @@ from jaxquant.errors import InputError
 from jaxquant.kernels.cache_attention import cpu, scan, tpu
 from jaxquant.kernels.platform import Backend, by_platform
 from jaxquant.quant import PackedHeads
+from jaxquant.quant.packing import packed_rows
 
 _cache_attention = by_platform(scan.cache_attention, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL}, rows=9)
 
@@ -51,6 +52,15 @@ def cache_attention(
             f"queries {q.shape} do not fit keys {shape}: batch and head_dim are to be equal, {heads} heads a "
             f"multiple of {shape[2]}, {tokens} tokens no more than {shape[1]} places"
         )
+    for heads_of, name in ((keys, "keys"), (values, "values")):
+        parts = [heads_of.scale] if heads_of.lo is None else [heads_of.scale, heads_of.lo]
+        grouped = (*shape[:3], heads_of.grid.groups(n))
+        depth = packed_rows(n, heads_of.grid.bits, jnp.iinfo(heads_of.words.dtype).bits)
+        if heads_of.words.shape[3] != depth or any(part.shape != grouped for part in parts):
+            raise InputError(
+                f"{name}: words {heads_of.words.shape} and scales or offsets "
+                f"{[part.shape for part in parts]} are not {(*shape[:3], depth)} and {grouped}"
+            )
     seen = shape[1] if window is None else window
     rows = [jnp.broadcast_to(jnp.asarray(a, jnp.int32), (batch,)) for a in (start, seen)]
     stores = [

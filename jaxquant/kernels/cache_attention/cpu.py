@@ -57,6 +57,8 @@ def _refuses(
         return f"{q.shape[1]} tokens are more than {LARGEST_TOKENS}"
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"queries are {q.dtype}, not float32 or bfloat16"
+    if not k_words.dtype == v_words.dtype == jnp.uint8:
+        return f"words are {k_words.dtype} and {v_words.dtype}, not uint8"
     for scale, lo in ((k_scale, k_lo), (v_scale, v_lo)):
         if scale.dtype != lo.dtype or scale.dtype not in (jnp.float16, jnp.float32):
             return f"scales and offsets are {scale.dtype} and {lo.dtype}, not both float16 or float32"

@@ -82,7 +82,7 @@ def cache_attention(
     read = sum(a.nbytes for a in (*words, *affine, queries, queries))
     y = pl.pallas_call(
         functools.partial(_kernel, tokens=tokens, k_grid=k_grid, v_grid=v_grid),
-        out_shape=jax.ShapeDtypeStruct((batch, *mixed), q.dtype),
+        out_shape=jax.ShapeDtypeStruct((batch, *mixed), q.dtype, manual_axis_type=jax.typeof(q).mat),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, pl.cdiv(places, tile)),

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, UInt
 
 from jaxquant.kernels.dequant_matmul import cpu, gpu, scan, tpu
 from jaxquant.kernels.platform import Backend, by_platform
+from jaxquant.quant.packing import check_packed
 
 _dequant_matmul = by_platform(
     scan.dequant_matmul, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL, "cuda": gpu.KERNEL}, rows=1
@@ -41,7 +42,9 @@ def dequant_matmul(
 
     Raises:
       UsageError: an unknown backend, or `"kernel"` where there is none.
+      InputError: shapes that do not agree.
     """
+    check_packed(x.shape[-1], words, scale, zero, bits=bits, block=block)
     rows = x.reshape(-1, x.shape[-1])
     y = _dequant_matmul(rows, words, scale, zero, backend=backend, bits=bits, block=block)
     return y.reshape(*x.shape[:-1], y.shape[-1])

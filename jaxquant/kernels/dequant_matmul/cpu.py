@@ -33,14 +33,15 @@ def dequant_matmul(
     """`y = sum_g scale_g * (x_g @ code_g - zero_g * sum(x_g))` in float32, in the dtype of `x`.
 
     Shapes as in `reference`; `x` is float32 or bfloat16, `scale` and `zero` both float16 or both float32.
-    Many rows are multiplied by one tile of columns of the dequantized weight after another.
+    Many rows are multiplied by one tile of columns of the dequantized weight after another. With few, scales
+    come last: an infinity in x becomes NaN, and sums over codes have to be finite.
     """
     wide, out = x.astype(jnp.float32), words.shape[2]
     if x.shape[0] <= LARGEST_ROWS:
         shape = jax.ShapeDtypeStruct((x.shape[0], out), jnp.float32)
         return jax.ffi.ffi_call(_MATMUL, shape)(wide, words, scale, zero, bits=bits).astype(x.dtype)
-    width = max(d for d in range(1, out + 1) if out % d == 0 and d * x.shape[1] <= max(_TILE, x.shape[1]))
-    width = width if width >= _LEAST_COLUMNS else out
+    widths = [d for d in range(1, out + 1) if out % d == 0 and d >= min(out, _LEAST_COLUMNS)]
+    width = max((d for d in widths if d * x.shape[1] <= _TILE), default=widths[0])
 
     def columns(start: Array) -> Array:
         tile = (jax.lax.dynamic_slice_in_dim(a, start, width, axis=-1) for a in (words, scale, zero))

@@ -61,7 +61,7 @@ def dequant_matmul(
     passes = x.nbytes * grid[1] + (words.nbytes + scale.nbytes + zero.nbytes) * grid[0]
     return pl.pallas_call(
         functools.partial(_kernel, bits=bits, block=block, blocks_per_group=blocks // groups, whole=whole),
-        out_shape=jax.ShapeDtypeStruct((rows, out), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, out), x.dtype, manual_axis_type=jax.typeof(x).mat),
         grid=grid,
         in_specs=[
             pl.BlockSpec((tiles.rows, width), lambda i, j, k: (i, k)),

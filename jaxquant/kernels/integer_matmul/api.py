@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, UInt, UInt8
 
+from jaxquant.errors import InputError
 from jaxquant.kernels.integer_matmul import cpu, scan, tpu
 from jaxquant.kernels.platform import Backend, by_platform
+from jaxquant.quant.packing import check_packed
 
 _integer_matmul = by_platform(scan.integer_matmul, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL}, rows=3)
 
@@ -42,7 +44,14 @@ def integer_matmul(
 
     Raises:
       UsageError: an unknown backend, or `"kernel"` where there is none.
+      InputError: shapes that do not agree.
     """
+    check_packed(x.shape[-1], words, scale, zero, bits=bits, block=block)
+    if x_scale.shape != x_lo.shape or x_scale.shape[:-1] != x.shape[:-1] or x.shape[-1] % x_scale.shape[-1]:
+        raise InputError(
+            f"scales {x_scale.shape} and offsets {x_lo.shape} do not fit x {x.shape}: give both one for each "
+            "group of channels of a token"
+        )
     rows = [a.reshape(-1, a.shape[-1]) for a in (x, x_scale, x_lo)]
     y = _integer_matmul(
         *rows, words, scale, zero, backend=backend, x_bits=x_bits, bits=bits, block=block

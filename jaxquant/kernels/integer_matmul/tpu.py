@@ -70,7 +70,7 @@ def integer_matmul(
     passes = x.nbytes * grid[1] + (words.nbytes + scale.nbytes + zero.nbytes) * grid[0]
     return pl.pallas_call(
         functools.partial(_kernel, bits=bits, block=block),
-        out_shape=jax.ShapeDtypeStruct((rows, out), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((rows, out), jnp.float32, manual_axis_type=jax.typeof(x).mat),
         grid=grid,
         in_specs=[
             pl.BlockSpec((tile_blocks * block // size, tile_rows, size), lambda i, j, k: (k, i, 0)),

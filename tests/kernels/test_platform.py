@@ -1,0 +1,69 @@
+"""What operations with kernels have in common, by the packed matmul: where programs are lowered, and how."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxquant.errors import InputError
+from jaxquant.kernels.dequant_matmul import dequant_matmul, reference
+from jaxquant.kernels.integer_matmul import integer_matmul
+from jaxquant.quant import Grid, quantize
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    q = quantize(jax.random.normal(jax.random.key(0), (64, 128)), Grid(bits=4, group_size=32))
+    return jax.random.normal(jax.random.key(1), (2, 64)), q.words, q.scale, q.zero
+
+
+product = functools.partial(dequant_matmul, bits=4, block=32)
+
+
+def test_nothing_is_run_step_by_step(arrays):
+    expected = reference.dequant_matmul(*arrays, bits=4, block=32)
+    with jax.disable_jit():
+        np.testing.assert_allclose(product(*arrays), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_axis_of_size_0_is_mapped(arrays):
+    x, *weight = arrays
+    assert jax.vmap(lambda x: product(x, *weight))(jnp.zeros((0, *x.shape))).shape == (0, 2, 128)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_lowers_for_tpus_inside_shard_map_and_with_wide_integers(arrays, x64):
+    x, *weight = arrays
+    x = x.astype(jnp.bfloat16)
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = PartitionSpec("d")
+    mapped = jax.shard_map(lambda x: product(x, *weight), mesh=mesh, in_specs=spec, out_specs=spec)
+    with jax.enable_x64(x64):
+        for f in (mapped, lambda x: product(x, *weight)):
+            text = jax.jit(f).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+            assert text.count("@tpu_custom_call") == 1
+
+
+def test_rows_may_be_symbolic_in_an_exported_program(arrays):
+    _, *weight = arrays
+    rows = jax.export.symbolic_shape("rows, 64")
+    exported = jax.export.export(jax.jit(lambda x: product(x, *weight)), platforms=["tpu"])
+    assert exported(jax.ShapeDtypeStruct(rows, jnp.float32)).out_avals[0].shape[1] == 128
+
+
+def test_shapes_that_do_not_agree(arrays):
+    x, words, scale, zero = arrays
+    with pytest.raises(InputError, match=r"scales \(2, 128\) and zeros \(1, 128\) do not fit 2 blocks"):
+        product(x, words, scale, zero[:1])
+    with pytest.raises(InputError, match="give both one row for each group"):
+        product(x, words, jnp.repeat(scale, 2, 0), jnp.repeat(zero, 2, 0))
+    with pytest.raises(InputError, match="do not hold 64 rows of 3-bit codes in blocks of 32"):
+        dequant_matmul(x, words, scale, zero, bits=3, block=32)
+    codes, ranges = jnp.zeros((2, 64), jnp.uint8), jnp.ones((2, 2))
+    with pytest.raises(InputError, match=r"scales \(2, 2\) and offsets \(2, 1\) do not fit x \(2, 64\)"):
+        integer_matmul(codes, ranges, ranges[:, :1], words, scale, zero, x_bits=4, bits=4, block=32)
