@@ -143,6 +143,7 @@ def test_every_linear_multiplies_integers_like_values(params, tokens, tmp_path):
     assert integer_products(values) == 0
 
 
+@pytest.mark.slow
 def test_offq_beats_quarot_and_no_rotation_at_4_bits(params, tokens, tmp_path):
     before = forward(params, CONFIG, jnp.asarray(tokens)).logits
     errors = {}
@@ -202,6 +203,7 @@ def test_learned_rotations_lower_the_loss_they_are_learned_on(params):
     np.testing.assert_array_equal(first.rotations.keys, start.rotations.keys)
 
 
+@pytest.mark.slow
 def test_learned_rotations_preserve_the_function():
     """With biases, and query heads that share a value head."""
     name = "llama_linear_biases"

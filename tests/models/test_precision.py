@@ -73,6 +73,7 @@ def test_decoding_with_a_cache_equals_the_whole_text(llama):
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_block_alone_is_that_of_the_model(llama):
     params, config, tokens = llama
     config = dataclasses.replace(config, precision=ALL)

@@ -32,6 +32,7 @@ def by_group(w: jax.Array, bits: np.ndarray = BITS) -> np.ndarray:
     return np.concatenate(parts)
 
 
+@pytest.mark.slow
 def test_groups_are_rounded_with_their_own_bits():
     w = weight()
     packed = mixed(w)

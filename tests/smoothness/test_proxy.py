@@ -181,6 +181,7 @@ def packed_and_dequantized(params):
     return packed, values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True], ids=["weights", "activations too"])
 def test_packed_models_have_the_gradients_of_their_values(model, quantized):
     params, config, tokens = model

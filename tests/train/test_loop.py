@@ -73,6 +73,7 @@ def test_the_smoothness_term_rises_over_the_first_steps(runs):
     np.testing.assert_allclose(shares, expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up(student, teacher, tokens):
     trained, rest = split(student[0])
     results = []

@@ -92,6 +92,7 @@ def test_room_for_the_states_is_asked_for(source, tokens, tmp_path, monkeypatch)
     assert not (tmp_path / "t").exists()
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_integers_of_a_folder(source, tokens, quantized, tmp_path):
     events = []
     train_model(source, quantized, tokens, OPTIONS, tmp_path / "t", on_event=events.append)
