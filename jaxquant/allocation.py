@@ -198,7 +198,6 @@ def measure(
             return read_sensitivity(path, source)
 
     params = load_params(source, "float32")
-
     seen = functools.partial(model_moments, params, config)
 
     def short(text: str) -> np.ndarray:

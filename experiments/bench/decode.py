@@ -2,11 +2,12 @@
 
     python experiments/bench/decode.py [--repeats 15] [--threads 2] [--gguf FILE]
 
-Single linears with 1, 16 and 512 rows of activations; of a model of SmolLM2-135M's shape the token behind 128
-others, logits included, and 512 tokens at once with the logits of the last. Weights are random, packed ones
-4.5 bits with a float16 embedding. With llama-cpp-python and a GGUF file of that model, llama.cpp stands
-beside them (Q4_1: 5 bits). Ratios are medians of paired times, dense float32 in JAX over the side named.
-Writes results/decode.json.
+Single linears with 1, 16 and 512 rows of activations; the product of a row with a float16 embedding, which
+the portable backend widens as a whole (dense: a float32 one); of a model of SmolLM2-135M's shape the token
+behind 128 others, logits included, and 512 tokens at once with the logits of the last. Weights are random,
+packed ones 4.5 bits with a float16 embedding. With llama-cpp-python and a GGUF file of that model, llama.cpp
+stands beside them (Q4_1: 5 bits). Ratios are medians of paired times, dense float32 in JAX over the side
+named. Writes results/decode.json.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import numpy as np
 from jaxquant.folder import versions
 from jaxquant.kernels import use_backend
 from jaxquant.kernels.dequant_matmul import dequant_matmul
+from jaxquant.kernels.head_matmul import head_matmul
 from jaxquant.models import decoder
 from jaxquant.models.cache import init_cache
 from jaxquant.models.config import ModelConfig
@@ -98,6 +100,17 @@ def linear_sides(inputs: int, outputs: int, rows: int) -> dict[str, Callable[[],
         return torch.inference_mode()(lambda: torch.nn.functional.linear(x_t, w_t))
 
     return sides | {"torch_float32": product(torch.float32), "torch_bfloat16": product(torch.bfloat16)}
+
+
+def head_sides() -> dict[str, Callable[[], Any]]:
+    x = jax.random.normal(jax.random.key(0), (1, SMOLLM2.hidden_size))
+    w = jax.random.normal(jax.random.key(1), (SMOLLM2.vocab_size, SMOLLM2.hidden_size))
+    half = w.astype(jnp.float16)
+    return {
+        "dense_float32": run_jax(head_matmul, x, w),
+        "float16_kernel": run_jax(functools.partial(head_matmul, backend="kernel"), x, half),
+        "float16_portable": run_jax(functools.partial(head_matmul, backend="portable"), x, half),
+    }
 
 
 def model_sides(length: int, gguf: str | None, threads: int) -> dict[str, Callable[[], Any]]:
@@ -194,6 +207,7 @@ def main() -> None:
         for inputs, outputs in LINEARS
         for rows in ROWS
     }
+    cases["the head of a SmolLM2-135M"] = head_sides
     for name, length in (("a token", 1), (f"{PROMPT} tokens", PROMPT)):
         cases[f"{name} of a SmolLM2-135M"] = functools.partial(model_sides, length, args.gguf, args.threads)
     results = {}

@@ -231,7 +231,7 @@ def run(script: str, about: str | None, chips: Iterable[str], compile_all: Compi
 
     from jaxquant.folder import versions
 
-    compilers = ("libtpu", f"jax-{_plugin().removeprefix('xla_')}-plugin")
+    compilers = ["libtpu"] + [f"jax-{_plugin().removeprefix('xla_')}-plugin"] * ("H100" in chips)
     facts = {"versions": versions() | {name: version(name) for name in compilers}, "rows": rows}
     results = RESULTS / Path(script).name
     results.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -9,32 +9,29 @@ is as in `aot.py`. Writes results/aot_attention.json and results/aot_attention.m
 
 from __future__ import annotations
 
-import argparse
 import functools
-import importlib.util
-import json
 import time
 
-from aot import CHIPS, RESULTS, compile_apart
+import aot
 
 # Heads, heads of the cache, and their size.
 SHAPES = {"SmolLM2": (9, 3, 64), "8B": (32, 8, 128), "70B": (64, 8, 128)}
 WIDTHS = (2, 3, 4, 8)
 PLACES = 4096
+TPUS = [chip for chip in aot.CHIPS if chip != "H100"]
 
 
 def compile_all(chip: str) -> list[dict]:
     """A row a program; the environment has to be `aot.environment()` before jax is imported."""
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
     from jaxquant.kernels.cache_attention import cache_attention
     from jaxquant.models.attention import attention
     from jaxquant.quant import ActivationGrid, PackedHeads
 
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
-    array = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
+    sharding = jax.sharding.SingleDeviceSharding(aot.device(chip))
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
 
     def dequantized(q, k, v, start):
         k, v = k.dequantize(q.dtype), v.dequantize(q.dtype)
@@ -61,8 +58,8 @@ def compile_all(chip: str) -> list[dict]:
             "temp_bytes": memory.temp_size_in_bytes,
             "bf16_bytes": 2 * 2 * PLACES * kv_heads * n,
             "accessed_bytes": cost["bytes accessed"],
-            "calls": program.as_text().count('custom_call_target="tpu_custom_call"'),
-            "floor_us": 1e6 * memory.argument_size_in_bytes / CHIPS[chip][1],
+            "calls": len(aot.CALL.findall(program.as_text())),
+            "floor_us": 1e6 * memory.argument_size_in_bytes / aot.CHIPS[chip][1],
             "compile_seconds": time.perf_counter() - started,
         }  # fmt: skip
 
@@ -91,27 +88,5 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--chip", choices=CHIPS)
-    chip = parser.parse_args().chip
-    if importlib.util.find_spec("libtpu") is None:
-        parser.exit(1, "libtpu is missing: pip install '.[aot]'\n")
-    if chip:
-        print(json.dumps(compile_all(chip)))
-        return
-    rows = [row for name in CHIPS for row in compile_apart(name, __file__)]
-    from importlib.metadata import version
-
-    from jaxquant.folder import versions
-
-    facts = {"versions": versions() | {"libtpu": version("libtpu")}, "rows": rows}
-    (RESULTS / "aot_attention.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (RESULTS / "aot_attention.md").write_text(table(rows))
-    print(table(rows))
-
-
 if __name__ == "__main__":
-    main()
+    aot.run(__file__, __doc__, TPUS, compile_all, table)

@@ -2,12 +2,12 @@
 
     python experiments/tasa/cost.py --data DIR
 
-DIR as for sensitivity.py. `traces`: second moments of 16 x 512 tokens of one text at all taps, and their
-traces; `search`: the objective of five mixtures of two texts; `cell`: the mean over 30 blocks of one
-block's GPTQ at 3 bits and both losses (sensitivity.py's domains), what is computed once included;
-`allocate`: 1000 units of uneven sizes at three widths, exactly; `quantize`: GPTQ at 3 bits on 24 x 512
-tokens, all blocks in sequence. Each is done once with compilation, as in use. Ratios mean more than seconds
-on a busy machine.
+DIR as for sensitivity.py. `moments`: second moments of 16 x 512 tokens of one text at all taps, without their
+first tokens for the search and with them for GPTQ; `search`: the objective of five mixtures of two texts;
+`cell`: the mean over 30 blocks of one block's GPTQ at 3 bits and both losses (sensitivity.py's domains), what
+is computed once included; `allocate`: 1000 units of uneven sizes at three widths, exactly; `quantize`: GPTQ
+at 3 bits on 24 x 512 tokens, all blocks in sequence. Each is done once with compilation, as in use. Ratios
+mean more than seconds on a busy machine.
 Writes results/cost.json.
 """
 
@@ -34,6 +34,7 @@ from sensitivity import GRIDS, RESULTS, TEXTS
 
 from jaxquant.calibrate.collect import model_moments
 from jaxquant.calibrate.mixture import energy_traces, mix, search_mixture
+from jaxquant.calibrate.moments import Mask
 from jaxquant.calibrate.text import windows
 from jaxquant.folder import versions
 from jaxquant.io import load_params, open_model
@@ -61,29 +62,36 @@ def main() -> None:
         print(f"{name}: {seconds[name]:.2f} s", flush=True)
         return result
 
-    def traces(text: str) -> tuple[Any, np.ndarray]:
-        tokens = windows(text, tokenizer, config, samples=16, seqlen=512, seed=0)
-        moments = jax.block_until_ready(model_moments(params, config, tokens, mask="first"))
-        return moments, energy_traces(moments)
+    def moments(mask: Mask) -> dict[str, Any]:
+        return {
+            name: timed(f"moments of {name}, mask {mask}", lambda own=own: collect(own, mask=mask))
+            for name, own in tokens.items()
+        }
 
     domains = {name: domain for name, (domain, _, _) in parts.items()}
     texts = {name: rest for name, (_, _, rest) in parts.items()}
-    found = {name: timed(f"traces of {name}", lambda text=text: traces(text)) for name, text in texts.items()}
-    moments = {name: own for name, (own, _) in found.items()}
-    target = np.mean([own for _, own in found.values()], axis=0)
-    shares = timed("search", lambda: search_mixture(moments, target)).best
+    tokens = {
+        name: windows(text, tokenizer, config, samples=16, seqlen=512, seed=0) for name, text in texts.items()
+    }
+
+    def collect(own: np.ndarray, *, mask: Mask) -> Any:
+        return jax.block_until_ready(model_moments(params, config, own, mask=mask))
+
+    found = moments("first")
+    target = np.mean([energy_traces(own) for own in found.values()], axis=0)
+    shares = timed("search", lambda: search_mixture(found, target)).best
     with tempfile.TemporaryDirectory() as folder:
+        mixed = mix(moments("none"), shares)
         timed("table, one width", lambda: measure_sensitivity(
-            source, {3: recipe}, mix(moments, shares), domains,
-            Path(folder) / "table.json",
+            source, {3: recipe}, mixed, domains, Path(folder) / "table.json",
         ))  # fmt: skip
         rng = np.random.default_rng(0)
         sizes = rng.integers(1, 100, UNITS) * 4096
         losses = isotonic(rng.lognormal(size=(UNITS, 1)) * 4.0 ** -np.arange(3))
         costs = np.outer(sizes, [5, 7, 9]) // 2
         timed(f"allocate, {UNITS} units", lambda: allocate(losses, costs, sizes, 3.5))
-        tokens = calibration(source, texts, shares, seed=0)
-        timed("quantize", lambda: quantize_model(source, recipe, tokens, Path(folder) / "q"))
+        mixture = calibration(source, texts, shares, seed=0)
+        timed("quantize", lambda: quantize_model(source, recipe, mixture, Path(folder) / "q"))
     seconds["cell"] = seconds["table, one width"] / config.num_layers
     report = {
         "model": source.name,

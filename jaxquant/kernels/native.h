@@ -115,6 +115,13 @@ inline void Widen(const void* source, bool half, int64_t offset, int64_t count, 
   for (; i < count; ++i) target[i] = ToFloat(halves[i]);
 }
 
+// Tasks for work that is worth `worthwhile` of them: more than threads, so that one that is interrupted does
+// not hold up the others.
+inline int64_t Parts(ffi::ThreadPool& pool, int64_t worthwhile) {
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  return std::max<int64_t>(1, std::min(worthwhile, threads == 1 ? 1 : 4 * threads));
+}
+
 // Calls task(0) to task(count - 1) on the threads of the pool and this one, and returns when all are done.
 // Threads take tasks until none is left. The caller takes part and waits for none that has not begun: the
 // threads of XLA's pool may all be callers.

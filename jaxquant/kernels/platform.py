@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from jaxquant.errors import UsageError
 
 #: Who computes an operation: the portable implementation, or the kernel of the platform.
 Backend: TypeAlias = Literal["portable", "kernel"]
-BACKENDS = ("portable", "kernel")
 
 #: A context that chooses for all operations inside: `with use_backend("portable"): ...`; `"kernel"` are the
 #: kernels where there are some. Programs that were compiled under another choice are not used.
@@ -47,8 +46,9 @@ class Kernel:
 
 def check_backend(backend: str | None) -> None:
     """UsageError for one that is not there."""
-    if backend not in (None, *BACKENDS):
-        raise UsageError(f"unknown backend {backend!r}; use {' or '.join(BACKENDS)}, or leave it out")
+    known = get_args(Backend)
+    if backend not in (None, *known):
+        raise UsageError(f"unknown backend {backend!r}; use {' or '.join(known)}, or leave it out")
 
 
 def by_platform(
@@ -78,11 +78,10 @@ def by_platform(
         check_backend(chosen)
         if chosen == "portable":
             return portable(*arrays, **layout)
-        asked, strict = chosen == "kernel", backend == "kernel"
-        return primitive.bind(*varying_alike(*arrays), asked=asked, strict=strict, **layout)
+        return again(*arrays, asked=chosen == "kernel", strict=backend == "kernel", **layout)
 
-    def again(*arrays: Array, asked: bool, strict: bool, **layout: Any) -> Array:
-        return primitive.bind(*varying_alike(*arrays), asked=asked, strict=strict, **layout)
+    def again(*arrays: Array, **params: Any) -> Array:
+        return primitive.bind(*varying_alike(*arrays), **params)
 
     def shape(*avals: Any, asked: bool, strict: bool, **layout: Any) -> Any:
         inputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]

@@ -64,7 +64,7 @@ def attention_to_cache(
     """
     start = cache.length - q.shape[1]
     if isinstance(cache.k, PackedHeads) and isinstance(cache.v, PackedHeads):
-        seen = cache.size if window is None else jnp.where(sliding, window, cache.size)
+        seen = None if window is None else jnp.where(sliding, window, cache.size)
         y = cache_attention(q, cache.k, cache.v, start=start, window=seen)
         return y.reshape(*q.shape[:2], -1)
     return attention(q, *cache.heads(q.dtype), window=window, sliding=sliding, start=start)

@@ -90,7 +90,7 @@ class QArray:
         return jnp.take_along_axis(weight, jnp.argsort(self.order, axis=-1)[..., None], axis=-2)
 
     def __rmatmul__(self, x: Float[Array, "*rows in"] | QActivation) -> Float[Array, "*rows out"]:
-        """`x @ q` in the dtype of `x`; the dequantized weight is never materialized as a whole.
+        """`x @ q` in the dtype of `x`; the weight is dequantized by tiles, if at all.
 
         Quantized activations are multiplied as integers, unless `order` tears their groups apart. `q` must be
         one matrix: `vmap` or `scan` over the leading axes of a stack.

@@ -28,9 +28,3 @@ def compiled():
         return aot.compile_apart(chip, str(EXPERIMENTS / script))
 
     return rows
-
-
-@pytest.fixture(scope="session")
-def tpu_programs(compiled):
-    """Rows of the dequantizing matmul by chip."""
-    return functools.partial(compiled, "aot.py")

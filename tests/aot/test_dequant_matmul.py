@@ -10,8 +10,8 @@ CHIPS = ["v4", "v5e", "v5p", "v6e", "tpu7x"]
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_memory_is_that_of_the_packed_weight(chip, tpu_programs):
-    rows = [row for row in tpu_programs(chip) if row["how"] == "pallas"]
+def test_memory_is_that_of_the_packed_weight(chip, compiled):
+    rows = [row for row in compiled("aot.py", chip) if row["how"] == "pallas"]
     assert {row["bits"] for row in rows} == {2, 3, 4, 8}
     for row in rows:
         small = row["linear"].startswith("SmolLM2")
@@ -23,8 +23,8 @@ def test_memory_is_that_of_the_packed_weight(chip, tpu_programs):
             assert row["temp_bytes"] < (0.15 if small else 0.05) * row["bf16_bytes"], row
 
 
-def test_the_plain_product_materializes_the_weight(tpu_programs):
+def test_the_plain_product_materializes_the_weight(compiled):
     """Why there is a kernel: XLA does not fuse the same expression over an int4 or int2 array at prefill."""
-    rows = [row for row in tpu_programs("v6e") if row["how"] == "jnp" and row["tokens"] > 1]
+    rows = [row for row in compiled("aot.py", "v6e") if row["how"] == "jnp" and row["tokens"] > 1]
     assert rows
     assert all(row["temp_bytes"] >= row["bf16_bytes"] for row in rows)

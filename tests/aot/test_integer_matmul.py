@@ -8,8 +8,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
-def test_memory_is_that_of_the_packed_weight(chip, tpu_programs):
-    rows = [row for row in tpu_programs(chip) if row["how"].startswith("int8")]
+def test_memory_is_that_of_the_packed_weight(chip, compiled):
+    rows = [row for row in compiled("aot.py", chip) if row["how"].startswith("int8")]
     assert {row["bits"] for row in rows} == {3, 4, 8}
     assert all(row["calls"] == (chip != "v4") for row in rows)
     for row in rows:

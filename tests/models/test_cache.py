@@ -72,10 +72,10 @@ def test_chunks_and_steps_fill_a_packed_cache_like_a_fake_quantized_one():
             cache, parts = out.cache, [*parts, out.logits]
         results.append((jnp.concatenate(parts, axis=1), cache))
     (packed_logits, packed), (float_logits, fake) = results
-    np.testing.assert_allclose(packed_logits, float_logits, atol=1e-3)
-    # What later blocks keep is the rounding of numbers that attention adds up in another order.
+    # Attention over a packed cache adds up in another order.
+    np.testing.assert_allclose(packed_logits, float_logits, atol=1e-5)
     for ours, theirs in zip(packed.heads("float32"), (fake.k, fake.v), strict=True):
-        np.testing.assert_array_equal(ours[0, :, :24], theirs[0, :, :24])
+        np.testing.assert_array_equal(ours[:, :, :24], theirs[:, :, :24])
     assert int(packed.length) == 24
     assert packed.size == 32
     whole = run(params, config=config, tokens=tokens).logits

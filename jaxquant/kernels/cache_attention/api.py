@@ -35,9 +35,9 @@ def cache_attention(
       keys, values: `[batch, places, kv_heads, n]`, each on its own grid.
       start: place of the first query, one for all or one a row; `0 <= start <= places - tokens`.
       window: how many places a token sees, itself included, one for all or one a row; `None`: all.
-      backend: `"portable"` scans over chunks, everywhere; `"kernel"` is C++ on CPUs (`JAXQUANT_NATIVE=0`
-        turns it off), Pallas on TPUs. `None`: as `kernels.use_backend` says, else the kernel, where the
-        program is lowered for such a platform and it takes these arrays.
+      backend: `"portable"` scans over chunks, everywhere; `"kernel"` is C++ on CPUs, Pallas on TPUs. `None`:
+        as `kernels.use_backend` says, else the kernel, where the program is lowered for such a platform and
+        it takes these arrays.
 
     Raises:
       InputError: heads that cannot share the heads of the cache, or other shapes that do not agree.

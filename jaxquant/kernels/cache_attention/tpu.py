@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, UInt8
 
-from jaxquant.kernels.mosaic import bits_of_half, unpack_int32, widened
+from jaxquant.kernels.mosaic import LANES, SUBLANES, bits_of_half, unpack_int32, widened
 from jaxquant.kernels.platform import Kernel
 from jaxquant.quant import ActivationGrid
 from jaxquant.quant.packing import planes
@@ -22,7 +22,6 @@ from jaxquant.quant.packing import planes
 _CODE_BYTES, _WORD_BYTES = 1 << 19, 1 << 20
 #: Queries of a head of the cache, at most.
 _LARGEST_ROWS = 256
-_LANES, _SUBLANES = 128, 8
 
 
 def cache_attention(
@@ -54,7 +53,7 @@ def cache_attention(
     batch, tokens, heads, n = q.shape
     places, kv_heads = k_words.shape[1:3]
     rows = tokens * heads // kv_heads
-    height = math.ceil(rows / (2 * _SUBLANES)) * 2 * _SUBLANES
+    height = math.ceil(rows / (2 * SUBLANES)) * 2 * SUBLANES
     k_groups, v_groups = k_scale.shape[3], v_scale.shape[3]
     tile = _tile(places, n, kv_heads * (k_words.shape[3] + v_words.shape[3]))
 
@@ -124,7 +123,7 @@ def _refuses(
     if tokens * heads > _LARGEST_ROWS * k_words.shape[2]:
         return f"{tokens} tokens of {heads} heads are more than {_LARGEST_ROWS} to a head of the cache"
     for grid, groups in ((k_grid, k_scale.shape[3]), (v_grid, v_scale.shape[3])):
-        if n // groups % _SUBLANES or n * min(planes(grid.bits)) // 8 % _SUBLANES:
+        if n // groups % SUBLANES or n * min(planes(grid.bits)) // 8 % SUBLANES:
             return f"{groups} groups of {n} channels at {grid.bits} bits do not fill registers of 8 rows"
     return ""
 
@@ -135,7 +134,7 @@ KERNEL = Kernel(cache_attention, _refuses)
 def _tile(places: int, n: int, words: int) -> int:
     """Places of a tile: all, or as many whole lanes as there is memory for."""
     most = min(_CODE_BYTES // (4 * n), _WORD_BYTES // words)
-    return places if places <= most else max(_LANES, most // _LANES * _LANES)
+    return places if places <= most else max(LANES, most // LANES * LANES)
 
 
 def _kernel(

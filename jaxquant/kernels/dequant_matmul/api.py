@@ -23,11 +23,12 @@ def dequant_matmul(
     block: int,
     backend: Backend | None = None,
 ) -> Float[Array, "*rows out"]:
-    """`x @ (scale * (code - zero))` in the dtype of `x`, without materializing the dequantized weight.
+    """`x @ (scale * (code - zero))` in the dtype of `x`; no more than a tile of the weight is dequantized.
 
-    Tiles of the weight are dequantized in float32, rounded to the dtype of `x`, multiplied, summed in float32
-    (float64 for float64 `x`). The kernel for CPUs rounds nothing but the result. Derivatives of any order, in
-    `x`, `scale` and `zero`, are those of the portable implementation.
+    Tiles (512 inputs; of the kernel for CPUs a million weights, none up to 64 rows of x) are dequantized in
+    float32, rounded to the dtype of `x`, multiplied, summed in float32 (float64 for float64 `x`). The kernel
+    for CPUs rounds nothing but the result. Derivatives of any order, in `x`, `scale` and `zero`, are those of
+    the portable implementation.
 
     Args:
       x: activations; leading axes are free.
@@ -35,10 +36,10 @@ def dequant_matmul(
       scale, zero: one row per group; the rows of a group are a whole number of blocks.
       bits: 1 to 8.
       block: input rows in one packed block.
-      backend: `"portable"` scans over tiles, everywhere; `"kernel"` is C++ on CPUs (`JAXQUANT_NATIVE=0` turns
-        it off), Pallas on TPUs and, for bfloat16 and float16 `x`, on Hopper GPUs. `None`: as
-        `kernels.use_backend` says, else the kernel, where the program is lowered for such a device and it
-        takes these arrays.
+      backend: `"portable"` scans over tiles, everywhere; `"kernel"` is C++ on CPUs, Pallas on TPUs and, for
+        bfloat16 and float16 `x`, on Hopper GPUs. `None`: as `kernels.use_backend` says, else the kernel,
+        where the program is lowered for such a device and it takes these arrays. `JAXQUANT_NATIVE=0` leaves
+        C++ out of programs that are compiled from then on.
 
     Raises:
       UsageError: an unknown backend, or `"kernel"` where there is none.

@@ -189,10 +189,7 @@ ffi::Error DequantMatmul(ffi::ThreadPool pool, int64_t bits, ffi::Buffer<ffi::F3
 
   const int64_t bands = (tiles.size() + kTaskTiles - 1) / kTaskTiles;
   const int64_t strips = (p.out + kPadding - 1) / kPadding;
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  const int64_t worthwhile = std::max<int64_t>(1, p.rows * p.in * p.out / kProductsOfTask);
-  // More parts than threads, so that one that is interrupted does not hold up the others.
-  const int64_t parts = std::min({strips, worthwhile, threads == 1 ? 1 : 4 * threads});
+  const int64_t parts = std::min(strips, Parts(pool, p.rows * p.in * p.out / kProductsOfTask));
   const int64_t count = bands * parts;
   auto task = [&](int64_t i) {
     const int64_t part = i / bands, tile = i % bands * kTaskTiles;
@@ -223,11 +220,8 @@ void DequantizeBlock(const std::vector<Plane>& planes, const uint8_t* words, int
     for (; n + kLanes <= columns; n += kLanes) {
       Ints code = {};
       for (int p = 0; p < count; ++p) code |= ((Load(sources[p] + n) >> shifts[p]) & masks[p]) << places[p];
-      Floats s, z;
-      std::memcpy(&s, scale + n, sizeof(s));
-      std::memcpy(&z, zero + n, sizeof(z));
-      const Floats value = s * (__builtin_convertvector(code, Floats) - z);
-      std::memcpy(row + n, &value, sizeof(value));
+      const Floats shifted = __builtin_convertvector(code, Floats) - Get<Floats>(zero + n);
+      Put<Floats>(Get<Floats>(scale + n) * shifted, row + n);
     }
     for (; n < columns; ++n) {
       int code = 0;

@@ -18,7 +18,8 @@ def head_matmul(
     Args:
       x: activations; leading axes are free.
       w: one row a token, in any float dtype.
-      backend: see `dequant_matmul`.
+      backend: `"portable"` is one product; `"kernel"`, for CPUs, widens a float16 `w` by parts, or multiplies
+        one row by a bfloat16 `w`. `None`: as `kernels.use_backend` says, else the kernel where it can be.
 
     Raises:
       UsageError: an unknown backend, or `"kernel"` where there is none.

@@ -38,9 +38,9 @@ def integer_matmul(
       scale, zero: one row per group; the rows of a group are a whole number of blocks.
       x_bits, bits: 1 to 8.
       block: input rows in one packed block.
-      backend: `"portable"` scans over blocks, everywhere; `"kernel"` is C++ on CPUs (`JAXQUANT_NATIVE=0`
-        turns it off), Pallas on TPUs. `None`: the kernel, where the program is lowered for such a platform
-        and it takes these arrays.
+      backend: `"portable"` scans over blocks, everywhere; `"kernel"` is C++ on CPUs, Pallas on TPUs. `None`:
+        as `kernels.use_backend` says, else the kernel, where the program is lowered for such a device and it
+        takes these arrays.
 
     Raises:
       UsageError: an unknown backend, or `"kernel"` where there is none.
@@ -53,7 +53,5 @@ def integer_matmul(
             "group of channels of a token"
         )
     rows = [a.reshape(-1, a.shape[-1]) for a in (x, x_scale, x_lo)]
-    y = _integer_matmul(
-        *rows, words, scale, zero, backend=backend, x_bits=x_bits, bits=bits, block=block
-    )  # fmt: skip
+    y = _integer_matmul(*rows, words, scale, zero, backend=backend, x_bits=x_bits, bits=bits, block=block)
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -15,6 +15,7 @@
 namespace {
 
 namespace ffi = xla::ffi;
+using jaxquant::Parts;
 using jaxquant::Plane;
 using jaxquant::PlanesOf;
 using jaxquant::Run;
@@ -335,7 +336,8 @@ void Columns(const Problem& p, const std::vector<int32_t>& ones, const Tile* til
 
 ffi::Error IntegerMatmul(ffi::ThreadPool pool, int64_t x_bits, int64_t bits, ffi::Buffer<ffi::U8> x,
                          ffi::Buffer<ffi::F32> x_scale, ffi::Buffer<ffi::F32> x_lo,
-                         ffi::Buffer<ffi::U8> words, ffi::AnyBuffer scale, ffi::AnyBuffer zero, ffi::ResultBuffer<ffi::F32> y) {
+                         ffi::Buffer<ffi::U8> words, ffi::AnyBuffer scale, ffi::AnyBuffer zero,
+                         ffi::ResultBuffer<ffi::F32> y) {
   Problem p;
   p.x = x.typed_data();
   p.x_scale = x_scale.typed_data();
@@ -366,10 +368,7 @@ ffi::Error IntegerMatmul(ffi::ThreadPool pool, int64_t x_bits, int64_t bits, ffi
 
   const int64_t bands = (tiles.size() + kTaskTiles - 1) / kTaskTiles;
   const int64_t strips = (p.out + kStrip - 1) / kStrip;
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  const int64_t worthwhile = std::max<int64_t>(1, p.rows * p.in * p.out / kProductsOfTask);
-  // More parts than threads, so that one that is interrupted does not hold up the others.
-  const int64_t parts = std::min({strips, worthwhile, threads == 1 ? 1 : 4 * threads});
+  const int64_t parts = std::min(strips, Parts(pool, p.rows * p.in * p.out / kProductsOfTask));
   Run(pool, bands * parts, [&](int64_t i) {
     const int64_t part = i / bands, tile = i % bands * kTaskTiles;
     const int64_t first = part * strips / parts * kStrip, last = (part + 1) * strips / parts * kStrip;
