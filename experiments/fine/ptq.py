@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from windows import Bench, mean
 
 from jaxquant.calibrate.fisher import output_moments
-from jaxquant.evaluate import divergence, generate
+from jaxquant.evaluate import divergence, generate_batch
 from jaxquant.io import load_params
 from jaxquant.methods import backward_error
 from jaxquant.named import named
@@ -96,7 +96,7 @@ def windows_of_256(bench: Bench) -> Any:
 
 def continued(bench: Bench, params: Any, config: Any) -> list[list[int]]:
     prompts = bench.windows["wikitext2"][:PROMPTS, :PROMPT_TOKENS]
-    return [generate(params, config, prompt.tolist(), max_tokens=NEW_TOKENS) for prompt in prompts]
+    return generate_batch(params, config, prompts, max_tokens=NEW_TOKENS)
 
 
 def compare(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, float]:

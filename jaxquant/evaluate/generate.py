@@ -1,4 +1,4 @@
-"""Text generation with the key/value cache: greedy, or sampled at a temperature."""
+"""Text generation with the key/value cache: greedy, or sampled at a temperature, or of many texts at once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.errors import InputError, UsageError
+from jaxquant.evaluate.scoring import Progress
 from jaxquant.models import decoder
 from jaxquant.models.cache import KVCache, init_cache
 from jaxquant.models.config import ModelConfig
@@ -20,6 +21,9 @@ from jaxquant.models.config import ModelConfig
 _BUCKET = 64
 # and longer ones are read in parts of this length, so that what is in flight does not grow with them.
 _CHUNK = 512
+# Texts of a batch, and places of all their caches: rows enough to read the weights for, few beside them.
+_MAX_ROWS = 16
+_BATCH_PLACES = 8192
 
 
 def generate(
@@ -42,24 +46,14 @@ def generate(
         the model's context.
       UsageError: a negative temperature, or a positive one without a key.
     """
-    prompt = np.asarray(prompt_tokens, np.int32)
-    length = len(prompt)
-    if length == 0:
-        raise InputError("the prompt is empty; give at least one token")
-    if prompt.min() < 0 or prompt.max() >= config.vocab_size:
-        raise InputError(f"the prompt has tokens outside the vocabulary of {config.vocab_size}")
-    if length + max_tokens > config.max_position:
-        raise InputError(
-            f"a prompt of {length} tokens and {max_tokens} new ones exceed the model's max_position = "
-            f"{config.max_position}; shorten the prompt or ask for fewer tokens"
-        )
+    prompt = _checked("the prompt", prompt_tokens, config, max_tokens)
     if not temperature >= 0 or (temperature > 0 and key is None):  # NaN is not >= 0
         raise UsageError("temperature must be 0 (greedy), or positive together with a random key")
     greedy = temperature == 0
     keys = jax.random.split(jax.random.key(0) if key is None else key, max_tokens)
     heat = jnp.float32(1.0 if greedy else temperature)
 
-    cache = init_cache(config, 1, min(_round_up(length + max_tokens), config.max_position))
+    cache = init_cache(config, 1, _places(len(prompt) + max_tokens, config))
     generated: list[int] = []
     unread, filled = prompt, 0
     for step_key in keys:
@@ -73,6 +67,107 @@ def generate(
             break
         unread = np.asarray([token], np.int32)
     return generated
+
+
+def generate_batch(
+    params: dict[str, Any],
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    until: Callable[[list[int]], bool] | None = None,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """What `generate` gives greedily for each of `prompts`, which may differ in length.
+
+    Up to 16 texts are decoded side by side, so that weights are read once for all of them. Two tokens that
+    rounding alone tells apart may be chosen otherwise than one by one.
+
+    Args:
+      until: a text ends when this is true of its new tokens.
+      progress: called after every batch with the numbers of prompts done and in total.
+
+    Raises:
+      InputError: as `generate`; names the prompt by its place.
+    """
+    rows = [_checked(f"prompt {i}", prompt, config, max_tokens) for i, prompt in enumerate(prompts)]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    results: dict[int, list[int]] = {}
+    while order:
+        size = _places(len(rows[order[0]]) + max_tokens, config)
+        count = max(1, min(_MAX_ROWS, _BATCH_PLACES // size))
+        batch, order = order[:count], order[count:]
+        # As many rows in the last batch as in the others: one program less to compile.
+        missing = count - len(batch) if results else 0
+        own = _continue_all(
+            params,
+            config,
+            [rows[i] for i in batch + batch[:1] * missing],
+            size,
+            len(batch),
+            max_tokens,
+            until,
+        )
+        results |= zip(batch, own, strict=False)
+        if progress is not None:
+            progress(len(results), len(rows))
+    return [results[i] for i in range(len(rows))]
+
+
+def _continue_all(
+    params: dict[str, Any],
+    config: ModelConfig,
+    prompts: list[np.ndarray],
+    size: int,
+    wanted: int,
+    max_tokens: int,
+    until: Callable[[list[int]], bool] | None,
+) -> list[list[int]]:
+    """Continuations of the first `wanted` prompts, the longest first; the others only fill the batch."""
+    single = init_cache(config, 1, size)
+    caches = jax.tree.map(lambda leaf: jnp.zeros((len(prompts), *leaf.shape), leaf.dtype), single)
+    lengths = np.asarray([len(prompt) for prompt in prompts])
+    hidden = None
+    for start in range(0, lengths[0], _CHUNK):
+        width = min(_round_up(lengths[0] - start), _CHUNK, size - start)
+        counts = np.clip(lengths - start, 0, width).astype(np.int32)
+        tokens = np.zeros((len(prompts), 1, width), np.int32)
+        for row, prompt, count in zip(tokens, prompts, counts, strict=True):
+            row[0, :count] = prompt[start : start + count]
+        read, caches = _advance_all(params, config, tokens, counts, caches)
+        hidden = read if hidden is None else jnp.where(counts[:, None] > 0, read, hidden)
+    generated: list[list[int]] = [[] for _ in prompts]
+    active, ones = set(range(wanted)), np.ones(len(prompts), np.int32)
+    for left in reversed(range(max_tokens)):
+        chosen = np.asarray(_most_probable(params, config, hidden))
+        for i in tuple(active):
+            token = int(chosen[i])
+            if token not in config.eos_ids:
+                generated[i].append(token)
+            if token in config.eos_ids or (until is not None and until(generated[i])):
+                active.remove(i)
+        if not active or not left:
+            break
+        hidden, caches = _advance_all(params, config, chosen[:, None, None], ones, caches)
+    return generated[:wanted]
+
+
+def _checked(name: str, tokens: Sequence[int], config: ModelConfig, max_tokens: int) -> np.ndarray:
+    prompt = np.asarray(tokens, np.int32)
+    if len(prompt) == 0:
+        raise InputError(f"{name} is empty; give at least one token")
+    if prompt.min() < 0 or prompt.max() >= config.vocab_size:
+        raise InputError(f"{name} has tokens outside the vocabulary of {config.vocab_size}")
+    if len(prompt) + max_tokens > config.max_position:
+        raise InputError(
+            f"{name} of {len(prompt)} tokens and {max_tokens} new ones exceed the model's max_position = "
+            f"{config.max_position}; shorten the prompt or ask for fewer tokens"
+        )
+    return prompt
+
+
+def _places(length: int, config: ModelConfig) -> int:
+    return min(_round_up(length), config.max_position)
 
 
 def _read(
@@ -105,6 +200,19 @@ def _advance(
     hidden, filled = decoder.final_hidden(params, config, tokens, cache=cache)
     assert filled is not None
     return hidden[0, count - 1], dataclasses.replace(filled, length=cache.length + count)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="caches")
+def _advance_all(
+    params: dict[str, Any], config: ModelConfig, tokens: jax.Array, counts: jax.Array, caches: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """`_advance` of every text, each with a cache of its own, since their lengths differ."""
+    return jax.vmap(functools.partial(_advance, params, config))(tokens, counts, caches)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _most_probable(params: dict[str, Any], config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    return decoder.logits(params, config, hidden).argmax(axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "greedy"))

@@ -8,6 +8,7 @@ simple_evaluate(JaxquantLM("q4"), tasks=["arc_easy"])
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,19 +82,23 @@ class JaxquantLM(LM):
         Raises:
           UsageError: the options ask for sampling or for beams.
         """
-        model = self.model
-        return [
-            generate_until(
-                model.params, model.config, model.tokenizer, request.args[0], stops, max_tokens=limit
+        model, alike = self.model, defaultdict(list)
+        for index, request in enumerate(requests):
+            alike[_greedy(request.args[1])].append(index)
+        texts = [""] * len(requests)
+        for (stops, limit), indices in alike.items():
+            contexts = [requests[i].args[0] for i in indices]
+            found = generate_until(
+                model.params, model.config, model.tokenizer, contexts, stops, max_tokens=limit
             )
-            for request in requests
-            for stops, limit in [_greedy(request.args[1])]
-        ]
+            for i, text in zip(indices, found, strict=True):
+                texts[i] = text
+        return texts
 
 
-def _greedy(options: dict[str, Any]) -> tuple[list[str], int]:
+def _greedy(options: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     """The stops and the number of tokens that a task asks for."""
     if (options.get("do_sample") and options.get("temperature", 1.0) > 0) or options.get("num_beams", 1) > 1:
         raise UsageError(f"the task generates with {options}; only greedy generation is supported")
     until = options.get("until") or []
-    return [until] if isinstance(until, str) else list(until), options.get("max_gen_toks", _MAX_TOKENS)
+    return (until,) if isinstance(until, str) else tuple(until), options.get("max_gen_toks", _MAX_TOKENS)

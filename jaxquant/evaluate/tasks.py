@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxquant.errors import UsageError
 from jaxquant.evaluate.continuations import Continuation, encode_pair, prompt_tokens, score_continuations
-from jaxquant.evaluate.generate import generate
+from jaxquant.evaluate.generate import generate_batch
 from jaxquant.evaluate.scoring import Progress, mean_and_stderr
 from jaxquant.evaluate.task_data import TASKS, Item, with_shots
 from jaxquant.models.config import ModelConfig
@@ -77,7 +77,7 @@ def evaluate_task(
       shots: how many solved examples come first; drawn with `seed`, see `with_shots`.
       shots_from: where they are taken from; by default from `items`, which are then not asked.
       limit: only the first items, after those that serve as examples were taken out.
-      exact_match: whether GSM8K also generates solutions, token by token; a small model scores about 0.
+      exact_match: whether GSM8K also generates solutions, which takes longer; a small model scores about 0.
       progress: called with the numbers of requests done and in total; a request is one choice, one target or
         one solution to generate.
 
@@ -108,16 +108,18 @@ def evaluate_task(
     measure = {"choice": _choices, "word": _words, "solution": _solutions}[kind]
     metrics, answers = measure(items, continuations)
     if generations:
-        correct = []
-        for done, (item, answer) in enumerate(zip(items, answers, strict=True), start=1):
-            text = generate_until(
-                params, config, tokenizer, item.contexts[0], [_NEXT_QUESTION], max_tokens=_SOLUTION_TOKENS
-            )
-            answer |= {"generated": text, "prediction": _number(text), "gold": _number(item.continuations[0])}
-            correct.append(answer["prediction"] == answer["gold"])
+
+        def generated(done: int, total: int) -> None:
             if progress is not None:
-                progress(len(requests) + done, len(requests) + generations)
-        metrics |= _mean("exact_match", correct)
+                progress(len(requests) + done, len(requests) + total)
+
+        texts = generate_until(
+            params, config, tokenizer, [item.contexts[0] for item in items], [_NEXT_QUESTION],
+            max_tokens=_SOLUTION_TOKENS, progress=generated,
+        )  # fmt: skip
+        for item, answer, text in zip(items, answers, texts, strict=True):
+            answer |= {"generated": text, "prediction": _number(text), "gold": _number(item.continuations[0])}
+        metrics |= _mean("exact_match", [answer["prediction"] == answer["gold"] for answer in answers])
     return TaskResult(
         name=task,
         n=len(items),
@@ -132,14 +134,16 @@ def generate_until(
     params: dict[str, Any],
     config: ModelConfig,
     tokenizer: Tokenizer,
-    context: str,
+    contexts: Sequence[str],
     stops: Sequence[str],
     *,
     max_tokens: int,
-) -> str:
-    """The greedy continuation of `context`, cut before the first of the texts `stops`, all of them not empty.
+    progress: Progress | None = None,
+) -> list[str]:
+    """Greedy continuations of contexts, each cut before the first of the texts `stops`, none of them empty.
 
-    A context that leaves no room for `max_tokens` loses its beginning, as in lm-evaluation-harness.
+    Contexts are continued in batches, see `generate_batch`. One that leaves no room for `max_tokens` loses
+    its beginning, as in lm-evaluation-harness.
 
     Raises:
       UsageError: the model's context is not longer than `max_tokens`.
@@ -155,9 +159,10 @@ def generate_until(
         text = tokenizer.decode(tokens)
         return any(stop in text for stop in stops)
 
-    prompt = prompt_tokens(tokenizer, config, context)[-room:]
-    text = tokenizer.decode(generate(params, config, prompt, max_tokens=max_tokens, until=stopped))
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=None)]
+    prompts = [prompt_tokens(tokenizer, config, context)[-room:] for context in contexts]
+    found = generate_batch(params, config, prompts, max_tokens=max_tokens, until=stopped, progress=progress)
+    texts = map(tokenizer.decode, found)
+    return [text[: min((text.find(stop) for stop in stops if stop in text), default=None)] for text in texts]
 
 
 def _choices(items: Sequence[Item], continuations: Sequence[Sequence[Continuation]]) -> Any:

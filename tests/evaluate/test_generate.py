@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxquant.errors import InputError, UsageError
-from jaxquant.evaluate import generate
+from jaxquant.evaluate import generate, generate_batch
 from jaxquant.models import ModelConfig, Precision
 from jaxquant.models.decoder import forward
 from jaxquant.models.init import init_params
@@ -81,6 +81,31 @@ def test_sampling_follows_key_and_temperature(params):
 
 def test_nothing_asked_nothing_given(params):
     assert generate(params, CONFIG, PROMPT, max_tokens=0) == []
+    assert generate_batch(params, CONFIG, [PROMPT, PROMPT], max_tokens=0) == [[], []]
+    assert generate_batch(params, CONFIG, [], max_tokens=3) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        pytest.param(CONFIG, 40, id="short"),
+        pytest.param(CONFIG, 600, id="chunks", marks=pytest.mark.slow),
+        pytest.param(PACKED, 600, id="packed", marks=pytest.mark.slow),
+    ],
+)
+def test_a_batch_is_its_texts_one_by_one(params, config, longest):
+    """Over parts of a bucket, chunks and batches; texts end by themselves, at an end token or as asked."""
+    config = dataclasses.replace(config, max_position=700, eos_ids=(7,))
+    prompts = [(PROMPT * 120)[i : i + length] for i, length in enumerate([5, longest, 1, 2, 3])]
+    prompts += [[token, 3] for token in range(13)]
+    options = {"max_tokens": 12, "until": lambda new: sum(new) % 5 == 0}
+    calls = []
+    found = generate_batch(params, config, prompts, **options, progress=lambda *call: calls.append(call))
+    assert found == [generate(params, config, prompt, **options) for prompt in prompts]
+    assert len({len(own) for own in found}) > 2
+    assert [total for _, total in calls] == [18] * len(calls)
+    assert calls[-1][0] == 18
+    assert len(calls) > 1
 
 
 def test_errors(params):
@@ -92,3 +117,5 @@ def test_errors(params):
         generate(params, CONFIG, [40], max_tokens=1)
     with pytest.raises(UsageError, match="random key"):
         generate(params, CONFIG, PROMPT, max_tokens=1, temperature=0.5)
+    with pytest.raises(InputError, match="prompt 1 is empty"):
+        generate_batch(params, CONFIG, [PROMPT, []], max_tokens=1)

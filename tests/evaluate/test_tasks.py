@@ -95,8 +95,13 @@ SOLUTIONS = ["2 + 2 = 4\n#### 4", "So\n#### 1,200", "No"]
 @pytest.mark.parametrize("exact_match", [True, False])
 def test_solutions(score, monkeypatch, exact_match):
     items = [choices(n, text) for n, text in enumerate(SOLUTIONS[:2])] + [choices(2, "Well\n#### -3")]
-    found = iter(["It is 5\n#### 4.", " #### 1200 #### 7", "none"])
-    monkeypatch.setattr(tasks, "generate_until", lambda *args, **kwargs: next(found))
+    found = ["It is 5\n#### 4.", " #### 1200 #### 7", "none"]
+
+    def generate_until(*arguments, progress, **options):
+        progress(3, 3)
+        return found
+
+    monkeypatch.setattr(tasks, "generate_until", generate_until)
     calls = []
     losses, options = (
         [-9.0, -4.0, -20.0],
@@ -134,9 +139,10 @@ def test_generation_stops_at_a_text(tokenizer):
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), CONFIG))
     params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape) * 0.4, jnp.float32), shapes)
-    whole = generate_until(params, CONFIG, tokenizer, "2 + 2 =", [], max_tokens=8)
+    contexts = ["2 + 2 =", "2"]
+    whole, other = generate_until(params, CONFIG, tokenizer, contexts, [], max_tokens=8)
     stop = whole[3:5]
-    cut = generate_until(params, CONFIG, tokenizer, "2 + 2 =", [stop, "nowhere"], max_tokens=8)
-    assert cut == whole[: whole.index(stop)]
+    cut = generate_until(params, CONFIG, tokenizer, contexts, [stop, "nowhere"], max_tokens=8)
+    assert cut == [text.partition(stop)[0] for text in (whole, other)]
     with pytest.raises(UsageError, match="320 new tokens leave no room"):
-        generate_until(params, CONFIG, tokenizer, "2", [], max_tokens=320)
+        generate_until(params, CONFIG, tokenizer, ["2"], [], max_tokens=320)
