@@ -11,6 +11,7 @@ import typer
 from jaxquant.cli.allocate import allocate
 from jaxquant.cli.bench import bench
 from jaxquant.cli.evaluate import evaluate, generate
+from jaxquant.cli.export import export
 from jaxquant.cli.quantize import demo, inspect, quantize
 from jaxquant.cli.smoothness import smoothness
 from jaxquant.cli.train import train
@@ -42,7 +43,7 @@ app = typer.Typer(
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (resumable).""",
 )
 
-for command in (quantize, allocate, train, evaluate, smoothness, generate, bench, inspect, demo):
+for command in (quantize, allocate, train, evaluate, smoothness, generate, bench, export, inspect, demo):
     app.command()(command)
 
 

@@ -131,6 +131,21 @@ def finished_blocks(folder: Path) -> int:
     return count
 
 
+def finished_config(folder: Path) -> ModelConfig:
+    """The config of a quantized model of which all blocks are there.
+
+    Raises:
+      InputError: the run that wrote it is unfinished.
+    """
+    manifest = read_manifest(folder)
+    config, done = ModelConfig.from_dict(manifest["config"]), finished_blocks(folder)
+    if manifest["state"] != "complete" or done != config.num_layers:
+        raise InputError(
+            f"{folder}: only {done} of {config.num_layers} blocks are quantized; finish the run with --resume"
+        )
+    return config
+
+
 def remove_partial(folder: Path) -> None:
     """Deletes what an interrupted save left behind."""
     for leftover in [*folder.glob("*.orbax-checkpoint-tmp*"), *folder.glob("blocks/*.orbax-checkpoint-tmp*")]:
@@ -145,16 +160,10 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     Raises:
       InputError: the run that wrote it is unfinished, or blocks are missing or damaged.
     """
-    manifest = read_manifest(folder)
-    config = ModelConfig.from_dict(manifest["config"])
-    done = finished_blocks(folder)
-    if manifest["state"] != "complete" or done != config.num_layers:
-        raise InputError(
-            f"{folder}: only {done} of {config.num_layers} blocks are quantized; finish the run with --resume"
-        )
+    config = finished_config(folder)
     outer = jax.tree.map(jnp.asarray, load_outer(folder))
     blocks, trees = [], set()
-    for index in range(done):
+    for index in range(config.num_layers):
         leaves, tree = jax.tree.flatten(load_block(folder, index)[0], is_leaf=is_packed)
         blocks.append(leaves)
         trees.add(tree)

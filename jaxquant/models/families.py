@@ -1,14 +1,25 @@
-"""The supported families: Hugging Face configurations read into `ModelConfig`, and their tensor names."""
+"""The supported families: Hugging Face configurations to and from `ModelConfig`, and their tensor names."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from jaxquant.errors import InputError
 from jaxquant.models.config import Activation, ModelConfig, Rope
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+#: What the files of a model may be in.
+Dtype: TypeAlias = Literal["float16", "bfloat16", "float32"]
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+FAMILIES = tuple(_ARCHITECTURES)
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -117,6 +128,59 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
+def to_hf(config: ModelConfig, dtype: Dtype) -> dict[str, Any]:
+    """A Hugging Face `config.json` as transformers 5 writes it: `from_hf` of it is `config` in that dtype.
+
+    The precision and `add_bos`, a matter of the tokenizer, are left out.
+
+    Raises:
+      InputError: no file of this family says what the config does (a rotated model may have biases that its
+        family has not).
+    """
+    gemma = config.family == "gemma3_text"
+    activation = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation]
+    scale = round(config.query_scale**-2, 6)
+    ropes = {"full_attention": config.rope, "sliding_attention": config.rope_local or config.rope}
+    fields = {kind: _rope_fields(rope) for kind, rope in ropes.items()}
+    kinds = ("full_attention", "sliding_attention")
+    raw: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_position,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": list(config.eos_ids) if len(config.eos_ids) != 1 else config.eos_ids[0],
+        "dtype": dtype,
+        "hidden_activation" if gemma else "hidden_act": activation,
+        "attention_bias": config.qkv_bias and config.family != "qwen2",
+        "rope_parameters": fields if gemma or config.rope_local else fields["full_attention"],
+        "sliding_window": config.sliding_window,
+    }
+    if config.family == "llama":
+        raw["mlp_bias"] = config.mlp_bias
+    if config.family not in ("llama", "mistral"):
+        raw["layer_types"] = [kinds[config.slides(layer)] for layer in range(config.num_layers)]
+        raw["use_sliding_window"] = config.sliding_window is not None
+    if gemma:
+        raw["query_pre_attn_scalar"] = int(scale) if scale == int(scale) else scale
+    read = from_hf(raw)
+    own = {"dtype": dtype, "add_bos": read.add_bos, "precision": read.precision}
+    for name, value in dataclasses.asdict(dataclasses.replace(config, **own)).items():
+        if value != dataclasses.asdict(read)[name]:
+            raise InputError(
+                f"no config.json of {config.family} says {name} = {value!r}, as this model has it"
+            )
+    return raw
+
+
 def block_names(config: ModelConfig) -> dict[str, tuple[str, bool]]:
     """The tensors of one block: `{path: (suffix, transpose)}`.
 
@@ -172,7 +236,7 @@ def _integer(raw: dict[str, Any], name: str) -> int:
 
 def _dtype(raw: dict[str, Any]) -> str:
     name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    if name not in ("float32", "bfloat16", "float16"):
+    if name not in get_args(Dtype):
         raise InputError(f"config.json: dtype = {name!r} is not supported; use float32, bfloat16 or float16")
     return name
 
@@ -254,3 +318,20 @@ def _rope(fields: dict[str, Any], max_position: int) -> Rope:
         mscale_all_dim=fields.get("mscale_all_dim"),
         truncate=bool(fields.get("truncate", True)),
     )
+
+
+def _rope_fields(rope: Rope) -> dict[str, Any]:
+    """What `_rope` reads."""
+    by_kind = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "yarn": (
+            "factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
+        ),
+    }  # fmt: skip
+    values = {name: getattr(rope, name) for name in by_kind[rope.kind]}
+    if rope.kind in ("llama3", "yarn"):
+        values["original_max_position_embeddings"] = rope.original_max_position
+    kept = {name: value for name, value in values.items() if value is not None}
+    return {"rope_type": rope.kind, "rope_theta": rope.theta, **kept}

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+from tiny_families import RAW
 
 from jaxquant.errors import InputError
 from jaxquant.models import ModelConfig, Rope
-from jaxquant.models.families import block_names, from_hf, outer_names
+from jaxquant.models.families import block_names, from_hf, outer_names, to_hf
 
 LLAMA = {
     "model_type": "llama",
@@ -29,6 +32,22 @@ def test_round_trip_through_json_types():
     for raw in (LLAMA, GEMMA):
         config = from_hf(raw)
         assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_config_is_written_as_it_is_read(name):
+    config = from_hf(RAW[name])
+    assert from_hf(to_hf(config, "float16")) == dataclasses.replace(config, dtype="float16")
+
+
+def test_what_no_file_says_is_refused():
+    """A rotation gives linears biases, and heads their own matrix, that the family has not."""
+    config = dataclasses.replace(from_hf(LLAMA), o_bias=True)
+    with pytest.raises(InputError, match="llama says o_bias = True"):
+        to_hf(config, "float32")
+    config = dataclasses.replace(from_hf(LLAMA), query_scale=0.3)
+    with pytest.raises(InputError, match="llama says query_scale"):
+        to_hf(config, "float32")
 
 
 def test_old_and_new_style_mean_the_same():
