@@ -9,21 +9,29 @@ import pytest
 
 from jaxquant.errors import UsageError
 from jaxquant.quant import ActivationGrid, Grid, MixedQArray, QActivation, QArray, QStack
-from jaxquant.quant import quantize as nearest
+from jaxquant.quant import quantize as round_to_nearest
 from jaxquant.quant.mixed import fit, quantize
 
 ROWS, OUT = 96, 24
 GRID = Grid(bits=3, group_size=16, clip="mse")
 BITS = np.array([3, 2, 4, 3, 4, 2])
 
+nearest = jax.jit(round_to_nearest, static_argnums=1)
+
 
 def weight(seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), (ROWS, OUT))
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((ROWS, OUT)), jnp.float32)
+
+
+@jax.jit
+def rounded(w: jax.Array, bits: jax.Array):
+    scale, zero = fit(GRID, w, bits)
+    return quantize(GRID, w, scale, zero, bits), scale, zero
 
 
 def mixed(w: jax.Array, bits: np.ndarray = BITS) -> MixedQArray:
-    scale, zero = fit(GRID, w, jnp.asarray(bits))
-    return MixedQArray.from_codes(quantize(GRID, w, scale, zero, jnp.asarray(bits)), scale, zero, GRID, bits)
+    codes, scale, zero = rounded(w, jnp.asarray(bits))
+    return MixedQArray.from_codes(codes, scale, zero, GRID, bits)
 
 
 def by_group(w: jax.Array, bits: np.ndarray = BITS) -> np.ndarray:
@@ -66,7 +74,7 @@ def test_product_and_its_gradient(dtype):
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=tolerance * np.abs(expected).max())
     gradient, through = (
-        np.asarray(jax.grad(lambda x, q=q: jnp.sum((x @ q) ** 2).astype(jnp.float32))(x), np.float32)
+        np.asarray(jax.jit(jax.grad(lambda x, q=q: jnp.sum((x @ q) ** 2).astype(jnp.float32)))(x), np.float32)
         for q in (packed, packed.dequantize(dtype))
     )
     np.testing.assert_allclose(gradient, through, rtol=0, atol=tolerance * np.abs(through).max())
@@ -133,8 +141,9 @@ def test_a_stack_of_unequal_layers_scans_in_their_order():
     assert [len(jax.tree.leaves(part)[0]) for part in stack.parts] == [2, 2, 2, 1]
     same = QStack.of([dense(layer) for layer in layers])
     assert len(same.parts) == 1
-    np.testing.assert_allclose(jax.jit(run)(stack, x), run(same, x), rtol=1e-4, atol=1e-5)
-    ours, theirs = (jax.grad(lambda x, s=s: jnp.sum(run(s, x) ** 2))(x) for s in (stack, same))
+    np.testing.assert_allclose(jax.jit(run)(stack, x), jax.jit(run)(same, x), rtol=1e-4, atol=1e-5)
+    slope = jax.jit(jax.grad(lambda x, s: jnp.sum(run(s, x) ** 2)))
+    ours, theirs = (slope(x, s) for s in (stack, same))
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
@@ -149,8 +158,10 @@ def test_scales_of_a_stack_have_gradients():
                                part.grid, part.shape)  # fmt: skip
         return jnp.sum(run(QStack(tuple(parts), stack.places), x))
 
+    slope_of = jax.jit(jax.grad(loss), static_argnums=1)
+    loss = jax.jit(loss, static_argnums=1)
     for number in range(2):
-        slope = jax.grad(loss)(1.0, number)
+        slope = slope_of(1.0, number)
         difference = (loss(1.01, number) - loss(0.99, number)) / 0.02
         assert float(slope) == pytest.approx(float(difference), rel=2e-2, abs=1e-3)
 

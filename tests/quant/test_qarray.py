@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import pytest
 
 from jaxquant.errors import UsageError
 from jaxquant.kernels.dequant_matmul import reference
-from jaxquant.quant import Grid, QArray, quantize
+from jaxquant.quant import Grid, QArray
+from jaxquant.quant import quantize as nearest
 
 KINDS = [
     Grid(bits=1, group_size=32, symmetric=True),
@@ -25,13 +27,25 @@ KINDS = [
 ]
 ROWS, OUT = 192, 40
 
+quantize = jax.jit(nearest, static_argnums=1)
+dequantize = jax.jit(QArray.dequantize, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def rounded(w: jax.Array, grid: Grid, word=jnp.uint8):
+    """Codes, scale, zero, their values and the packed weight."""
+    scale, zero = grid.fit(w)
+    codes = grid.quantize(w, scale, zero)
+    q = QArray.from_codes(codes, scale, zero, grid, word_dtype=word)
+    return codes, scale, zero, grid.dequantize(codes, scale, zero), q
+
 
 def weight(*stack: int, rows: int = ROWS, out: int = OUT, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), (*stack, rows, out))
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((*stack, rows, out)), jnp.float32)
 
 
 def activations(*shape: int, seed: int = 1) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), (*shape, ROWS))
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((*shape, ROWS)), jnp.float32)
 
 
 def exact(x, w) -> np.ndarray:
@@ -52,37 +66,36 @@ def assert_product(y, x, w, *, tolerance: float = 1e-5) -> None:
 )
 def test_product_equals_that_of_the_dequantized_weight(grid, word):
     w, x = weight(), activations(5)
-    scale, zero = grid.fit(w)
-    codes = grid.quantize(w, scale, zero)
-    q = QArray.from_codes(codes, scale, zero, grid, word_dtype=word)
-    np.testing.assert_array_equal(q.codes(), codes)
-    np.testing.assert_array_equal(q.dequantize(), grid.dequantize(codes, scale, zero))
+    codes, scale, zero, values, q = rounded(w, grid, word)
+    what = dequantize(q)
+    np.testing.assert_array_equal(jax.jit(QArray.codes)(q), codes)
+    np.testing.assert_array_equal(what, values)
     assert q.words.dtype == word
-    assert_product(jax.jit(lambda x, q: x @ q)(x, q), x, q.dequantize())
+    assert_product(jax.jit(lambda x, q: x @ q)(x, q), x, what)
     all_zeros = jnp.full_like(scale, grid.constant_zero) if zero is None else zero
-    oracle = reference.dequant_matmul(x, q.words, scale, all_zeros, bits=grid.bits, block=q.block)
-    assert_product(oracle, x, q.dequantize())
+    oracle = jax.jit(functools.partial(reference.dequant_matmul, bits=grid.bits, block=q.block))
+    assert_product(oracle(x, q.words, scale, all_zeros), x, what)
 
 
 @pytest.mark.parametrize("grid", [Grid(bits=3, group_size=48), Grid(bits=4, symmetric=True)], ids=str)
 def test_order(grid):
     """Packed row k is input order[k]."""
     w, x = weight(), activations(3)
-    order = jax.random.permutation(jax.random.key(2), ROWS)
-    scale, zero = grid.fit(w[order])
-    codes = grid.quantize(w[order], scale, zero)
+    order = jnp.asarray(np.random.default_rng(2).permutation(ROWS), jnp.int32)
+    codes, scale, zero, values, _ = rounded(w[order], grid)
     q = QArray.from_codes(codes, scale, zero, grid, order=order)
-    what = q.dequantize()
-    np.testing.assert_array_equal(what[order], grid.dequantize(codes, scale, zero))
+    what = dequantize(q)
+    np.testing.assert_array_equal(what[order], values)
     assert_product(x @ q, x, what)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), q, dataclasses.replace(q, order=order[::-1]))
-    np.testing.assert_array_equal(stacked.dequantize()[0], what)
-    np.testing.assert_array_equal(stacked.dequantize()[1][order[::-1]], what[order])
+    both = dequantize(stacked)
+    np.testing.assert_array_equal(both[0], what)
+    np.testing.assert_array_equal(both[1][order[::-1]], what[order])
 
 
 def test_left_operand_forms():
     q = quantize(weight(), Grid(group_size=64))
-    w, x = q.dequantize(), activations(2, 3)
+    w, x = dequantize(q), activations(2, 3)
     assert_product(x @ q, x, w)
     assert_product(np.asarray(x) @ q, x, w)
     assert_product(x[0, 0] @ q, x[0, 0], w)
@@ -95,7 +108,7 @@ def test_half_precision_activations(dtype, tolerance):
     q, x = quantize(weight(), Grid(group_size=64)), activations(4).astype(dtype)
     y = x @ q
     assert y.dtype == dtype
-    assert_product(y.astype(jnp.float32), x.astype(jnp.float32), q.dequantize(), tolerance=tolerance)
+    assert_product(y.astype(jnp.float32), x.astype(jnp.float32), dequantize(q), tolerance=tolerance)
 
 
 def test_double_precision_activations():
@@ -104,7 +117,7 @@ def test_double_precision_activations():
         x = activations(4).astype(jnp.float64)
         y = x @ q
         assert y.dtype == jnp.float64
-        assert_product(y, x, q.dequantize(jnp.float64), tolerance=1e-12)
+        assert_product(y, x, dequantize(q, jnp.float64), tolerance=1e-12)
 
 
 def test_vmap_and_scan_over_a_stack_equal_a_loop():
@@ -112,10 +125,11 @@ def test_vmap_and_scan_over_a_stack_equal_a_loop():
     q = quantize(w, Grid(bits=3, group_size=48))
     assert q.shape == (ROWS, OUT)
     loop = jnp.stack([x[i] @ jax.tree.map(lambda leaf, i=i: leaf[i], q) for i in range(3)])
-    np.testing.assert_allclose(jax.vmap(lambda x, q: x @ q)(x, q), loop, rtol=1e-5, atol=1e-5)
+    together = jax.jit(jax.vmap(lambda x, q: x @ q))
+    np.testing.assert_allclose(together(x, q), loop, rtol=1e-5, atol=1e-5)
     _, scanned = jax.lax.scan(lambda carry, xq: (carry, xq[0] @ xq[1]), None, (x, q))
     np.testing.assert_allclose(scanned, loop, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(jax.vmap(lambda q: q.dequantize())(q), q.dequantize())
+    np.testing.assert_array_equal(jax.jit(jax.vmap(QArray.dequantize))(q), dequantize(q))
 
 
 @pytest.mark.parametrize("grid", [Grid(bits=2, group_size=64), Grid(bits=4, symmetric=True)], ids=str)
@@ -152,7 +166,7 @@ def test_dequantized_weight_is_never_whole_in_memory(rows):
     """Peak temporaries of `x @ q`, as XLA reports them, against one float32 copy of the weight."""
     group = None if rows == 1537 else 64
     q = jax.eval_shape(
-        lambda: quantize(jnp.zeros((rows, 2048)), Grid(bits=4, group_size=group, scale_dtype="float16"))
+        lambda: nearest(jnp.zeros((rows, 2048)), Grid(bits=4, group_size=group, scale_dtype="float16"))
     )
     x = jax.ShapeDtypeStruct((4, rows), jnp.float32)
     memory = jax.jit(lambda x, q: x @ q).lower(x, q).compile().memory_analysis()
