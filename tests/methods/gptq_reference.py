@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.calibrate.moments import Moments
 from jaxquant.quant import Grid
+
+fit_grid = jax.jit(Grid.fit, static_argnums=0)
 
 
 def correlated_layer(rows: int, out: int, *, tokens: int | None = None, seed: int = 0, dead: int = 0):
@@ -32,7 +35,7 @@ def moments_of(x: np.ndarray, dtype=jnp.float32) -> Moments:
 
 def fit(grid: Grid, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero of one group `[rows, out]`; the grid itself has its own oracle."""
-    scale, zero = Grid(**grid.to_dict() | {"group_size": None}).fit(jnp.asarray(w))
+    scale, zero = fit_grid(Grid(**grid.to_dict() | {"group_size": None}), jnp.asarray(w))
     zero = np.full(w.shape[1], grid.constant_zero) if zero is None else np.asarray(zero[0], np.float64)
     return np.asarray(scale[0], np.float64), zero
 

@@ -43,9 +43,11 @@ def objective(values, problem, outputs, strength, descend=two_sided_descent) -> 
 
 both = pytest.mark.parametrize("descend", [two_sided_descent, loss_descent])
 
+unpacked = jax.jit(lambda rounded: rounded.pack().dequantize(jnp.float64))
+
 
 def values_of(rounded):
-    return rounded.pack().dequantize(jnp.float64)
+    return unpacked(rounded)
 
 
 @pytest.mark.parametrize("shape", [(96, 40), (64, 64), (70, 16)])

@@ -23,6 +23,9 @@ GRIDS = {
     "w2 float16": Grid(bits=2, group_size=16, clip="mse"),
 }
 
+unpacked = jax.jit(lambda rounded: rounded.pack().dequantize())
+error_of = jax.jit(layer_error)
+
 
 def layer(grid, seed=0, **options):
     w, x = correlated_layer(ROWS, OUT, seed=seed)
@@ -31,7 +34,7 @@ def layer(grid, seed=0, **options):
 
 
 def values_of(rounded):
-    return np.asarray(rounded.pack().dequantize(), np.float64)
+    return np.asarray(unpacked(rounded), np.float64)
 
 
 def reference(problem, rounded, integer_zero):
@@ -87,7 +90,7 @@ def test_the_error_falls_and_integers_stay(name, integer_zero):
     assert float(found.stats.error) < 0.99 * float(rounded.stats.error)
     if integer_zero and rounded.zero is not None:
         np.testing.assert_array_equal(found.zero, rounded.zero)
-    error = layer_error(found.pack().dequantize(), problem.target, problem.moments.second)
+    error = error_of(unpacked(found), problem.target, problem.moments.second)
     np.testing.assert_allclose(found.stats.error, error, rtol=1e-4)
 
 
@@ -106,7 +109,7 @@ def test_groups_in_processing_order():
     problem, rounded = layer(GRIDS["w2 float16"], groups="dynamic")
     assert rounded.order is not None
     found = refit_grid(problem, rounded)
-    error = layer_error(found.pack().dequantize(), problem.target, problem.moments.second)
+    error = error_of(unpacked(found), problem.target, problem.moments.second)
     np.testing.assert_allclose(found.stats.error, error, rtol=1e-3)
     assert float(error) < float(rounded.stats.error)
 
@@ -168,7 +171,7 @@ def test_columns_are_chosen_one_by_one():
     assert float(found.stats.error) < min(float(first.stats.error), float(second.stats.error))
     np.testing.assert_allclose(
         found.stats.error,
-        layer_error(found.pack().dequantize(), problem.target, problem.moments.second),
+        error_of(unpacked(found), problem.target, problem.moments.second),
         rtol=1e-4,
     )
 
