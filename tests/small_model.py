@@ -8,11 +8,15 @@ import numpy as np
 from tokenizers import Tokenizer, models
 
 from jaxquant.models.config import ModelConfig
+from jaxquant.models.decoder import forward
 
 CONFIG = ModelConfig(
     family="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4,
     num_kv_heads=2, head_dim=8, query_scale=8**-0.5, tie_embeddings=True, max_position=64,
 )  # fmt: skip
+
+# `forward` by itself compiles its scan over the blocks at every call.
+run = jax.jit(forward, static_argnums=1, static_argnames="taps")
 
 
 class MemorySource:

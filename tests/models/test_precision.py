@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import run
 from tiny_families import tiny_config, tiny_params, tiny_tokens
 
 from jaxquant.linalg import hadamard
 from jaxquant.models import ModelConfig, Precision
 from jaxquant.models.cache import init_cache
-from jaxquant.models.decoder import block, forward
+from jaxquant.models.decoder import block
 from jaxquant.quant import ActivationGrid
 
 GRID = ActivationGrid(bits=4, group_size=16)
@@ -39,13 +40,13 @@ def test_what_is_read_is_on_its_grid_and_the_rest_is_not(llama, tap):
     params, config, tokens = llama
     grid = dataclasses.replace(HEADS if tap in ("keys", "values") else GRID, bits=2)
     quantized = with_precision(config, **{tap: grid})
-    taps = forward(params, quantized, tokens, taps=TAPS).taps
+    taps = run(params, quantized, tokens, taps=TAPS).taps
     for name, x in taps.items():
         size = config.head_dim if name in ("keys", "values") else 16
         levels = [len(np.unique(group)) for group in np.asarray(x).reshape(-1, size)]
         assert (max(levels) <= 4) == (name == tap)
     # Only the first block reads what the float model reads.
-    plain = forward(params, config, tokens, taps=(tap,)).taps[tap][0]
+    plain = run(params, config, tokens, taps=(tap,)).taps[tap][0]
     width = config.head_dim if tap in ("keys", "values") else plain.shape[-1]
     expected = grid.fake_quantize(plain.reshape(-1, width)).reshape(plain.shape)
     np.testing.assert_allclose(taps[tap][0], expected, atol=1e-5)
@@ -55,7 +56,7 @@ def test_what_is_read_is_on_its_grid_and_the_rest_is_not(llama, tap):
 def test_hidden_units_are_rotated_block_by_block(llama):
     params, config, tokens = llama
     plain, turned = (
-        forward(params, c, tokens, taps=("mlp_hidden",)).taps["mlp_hidden"][0]
+        run(params, c, tokens, taps=("mlp_hidden",)).taps["mlp_hidden"][0]
         for c in (config, with_precision(config, hidden_hadamard=16))
     )
     expected = plain.reshape(*plain.shape[:-1], 3, 16) @ (hadamard(16) / 4).astype(np.float32)
@@ -65,10 +66,10 @@ def test_hidden_units_are_rotated_block_by_block(llama):
 def test_decoding_with_a_cache_equals_the_whole_text(llama):
     params, config, tokens = llama
     config = dataclasses.replace(config, precision=ALL)
-    whole = forward(params, config, tokens).logits
+    whole = run(params, config, tokens).logits
     cache, parts = init_cache(config, tokens.shape[0], 32), []
     for start, stop in ((0, 10), (10, 11), (11, 24)):
-        out = forward(params, config, tokens[:, start:stop], cache=cache)
+        out = run(params, config, tokens[:, start:stop], cache=cache)
         cache, parts = out.cache, [*parts, out.logits]
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-3)
 
@@ -80,7 +81,7 @@ def test_a_block_alone_is_that_of_the_model(llama):
     x = jnp.take(jnp.asarray(params["embed"]), tokens, axis=0)
     first = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), params["blocks"])
     _, _, taps = block(first, config, x, sliding=False, taps=TAPS)
-    both = forward(params, config, tokens, taps=tuple(taps)).taps
+    both = run(params, config, tokens, taps=tuple(taps)).taps
     for tap, values in taps.items():
         np.testing.assert_allclose(values, both[tap][0], atol=1e-5)
 
