@@ -43,8 +43,10 @@ PACKED = dataclasses.replace(CONFIG, precision=Precision(keys=HEADS, values=HEAD
 
 
 # Prompts that fill part of a bucket, more than one, and more than a chunk.
-@pytest.mark.parametrize("length", [1, 5, 65, 600])
-@pytest.mark.parametrize("config", [CONFIG, PACKED], ids=["float", "packed"])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 5, 65, 600])
+@pytest.mark.parametrize(
+    "config", [pytest.param(CONFIG, marks=pytest.mark.slow), PACKED], ids=["float", "packed"]
+)
 def test_greedy_is_the_argmax_of_the_whole_forward(params, config, length):
     """Of a forward pass without cache, where keys and values are fake-quantized if the cache is packed."""
     config = dataclasses.replace(config, max_position=700)

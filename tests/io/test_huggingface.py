@@ -133,6 +133,7 @@ def test_chat_template(tmp_path):
     assert open_model(str(tmp_path)).chat_template == "J"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma3"])
 def test_directory_saved_by_transformers(tmp_path, name):
     torch = pytest.importorskip("torch")

@@ -54,6 +54,7 @@ def test_tiny_has_learned_english(source, params):
     assert nll(params, jnp.asarray(tokens)) < unigram - 1.2
 
 
+@pytest.mark.slow
 def test_tiny_equals_transformers(source, params):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

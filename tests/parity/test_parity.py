@@ -38,6 +38,7 @@ def assert_parity(name: str, logits: np.ndarray, hidden: np.ndarray) -> None:
     assert np.abs(our_logits - logits).max() <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RAW)
 def test_transformers(name):
     pytest.importorskip("torch")
