@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -13,10 +14,12 @@ import pytest
 from jaxquant.kernels.dequant_matmul import dequant_matmul, reference, scan
 from jaxquant.quant import pack
 
+packed = jax.jit(pack, static_argnums=1)
+
 
 def problem(bits: int, blocks: int, block: int, groups: int, out: int = 24, rows: int = 3):
     rng = np.random.default_rng(bits)
-    words = pack(jnp.asarray(rng.integers(0, 2**bits, (blocks, block, out), dtype=np.uint8)), bits)
+    words = packed(jnp.asarray(rng.integers(0, 2**bits, (blocks, block, out), dtype=np.uint8)), bits)
     scale = jnp.asarray(rng.uniform(0.5, 2, (groups, out)), jnp.float16)
     zero = jnp.asarray(rng.integers(0, 2**bits, (groups, out)), jnp.float16)
     return jnp.asarray(rng.standard_normal((rows, blocks * block)), jnp.float32), words, scale, zero
@@ -29,10 +32,12 @@ def problem(bits: int, blocks: int, block: int, groups: int, out: int = 24, rows
 )
 def test_scan_equals_reference(bits, blocks, block, groups):
     x, words, scale, zero = problem(bits, blocks, block, groups)
-    expected = reference.dequant_matmul(x, words, scale, zero, bits=bits, block=block)
+    expected, *others = (
+        jax.jit(functools.partial(f, bits=bits, block=block))(x, words, scale, zero)
+        for f in (reference.dequant_matmul, scan.dequant_matmul, dequant_matmul)
+    )
     tolerance = 1e-5 * float(jnp.max(jnp.abs(expected)))
-    for implementation in (scan.dequant_matmul, dequant_matmul):
-        y = implementation(x, words, scale, zero, bits=bits, block=block)
+    for y in others:
         np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
 
 
@@ -51,7 +56,11 @@ def test_ragged_batch_under_vmap():
 
 
 @pytest.mark.parametrize(
-    "module", ["jaxquant.kernels.dequant_matmul", "jaxquant.quant", "jaxquant.quant.packing"]
+    "module",
+    [
+        "jaxquant.kernels.dequant_matmul",
+        *(pytest.param(f"jaxquant.quant{name}", marks=pytest.mark.slow) for name in ("", ".packing")),
+    ],
 )
 def test_either_package_can_be_imported_first(module):
     subprocess.run([sys.executable, "-c", f"import {module}"], check=True, capture_output=True)
