@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,20 @@ import pytest
 
 from jaxquant.kernels import use_backend
 from jaxquant.kernels.integer_matmul import integer_matmul, reference, scan
-from jaxquant.quant import ActivationGrid, Grid, QActivation, QArray, pack, quantize
+from jaxquant.quant import ActivationGrid, Grid, QActivation, QArray, pack
+from jaxquant.quant import quantize as nearest
+
+packed, quantize = jax.jit(pack, static_argnums=1), jax.jit(nearest, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def product_of(x, w, grid):
+    return QActivation.of(x, grid) @ w
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def product_of_values(x, w, grid):
+    return jnp.matmul(grid.fake_quantize(x), w.dequantize(), precision="highest")
 
 
 def problem(x_bits: int, bits: int, x_groups: int, groups: int, blocks: int, block: int, rows=5, out=24):
@@ -20,7 +34,7 @@ def problem(x_bits: int, bits: int, x_groups: int, groups: int, blocks: int, blo
     x = jnp.asarray(rng.integers(0, 2**x_bits, (rows, channels)), jnp.uint8)
     x_scale = jnp.asarray(rng.uniform(0.5, 2, (rows, x_groups)), jnp.float32)
     x_lo = jnp.asarray(rng.standard_normal((rows, x_groups)) * 20, jnp.float32)
-    words = pack(jnp.asarray(rng.integers(0, 2**bits, (blocks, block, out)), jnp.uint8), bits)
+    words = packed(jnp.asarray(rng.integers(0, 2**bits, (blocks, block, out)), jnp.uint8), bits)
     scale = jnp.asarray(rng.uniform(0.5, 2, (groups, out)), jnp.float16)
     # A refit leaves zeros that are no integers.
     zero = jnp.asarray(rng.uniform(0, 2**bits - 1, (groups, out)), jnp.float16)
@@ -44,7 +58,7 @@ def test_scan_equals_reference(case):
     x_bits, bits, *_, block = case
     arrays = problem(*case)
     options = {"x_bits": x_bits, "bits": bits, "block": block}
-    expected = reference.integer_matmul(*arrays, **options)
+    expected = jax.jit(functools.partial(reference.integer_matmul, **options))(*arrays)
     tolerance = 1e-5 * float(jnp.max(jnp.abs(expected)))
     for implementation in (scan.integer_matmul, integer_matmul):
         y = jax.jit(lambda *a, f=implementation: f(*a, **options))(*arrays)
@@ -57,13 +71,14 @@ def test_float64_equals_numpy(case):
     with jax.enable_x64(True):
         x, x_scale, x_lo, words, scale, zero = problem(*case)
         x_scale, x_lo = x_scale.astype(jnp.float64), x_lo.astype(jnp.float64)
-        y = integer_matmul(x, x_scale, x_lo, words, scale, zero, x_bits=x_bits, bits=bits, block=block)
+        product = jax.jit(functools.partial(integer_matmul, x_bits=x_bits, bits=bits, block=block))
+        y = product(x, x_scale, x_lo, words, scale, zero)
     channels = x.shape[1]
     x, x_scale, x_lo, big_s, big_z = (np.asarray(a, np.float64) for a in (x, x_scale, x_lo, scale, zero))
     per_x, per_w = channels // x_lo.shape[1], channels // big_s.shape[0]
     values = np.repeat(x_lo, per_x, axis=1) + np.repeat(x_scale, per_x, axis=1) * x
     weight = QArray(words, scale, zero, None, Grid(bits=bits, group_size=per_w), (channels, words.shape[-1]))
-    codes = np.asarray(weight.codes(), np.float64)
+    codes = np.asarray(jax.jit(QArray.codes)(weight), np.float64)
     dense = np.repeat(big_s, per_w, axis=0) * (codes - np.repeat(big_z, per_w, axis=0))
     np.testing.assert_allclose(y, values @ dense, rtol=1e-12, atol=1e-10)
 
@@ -88,10 +103,9 @@ def test_activations_times_weights(symmetric, size):
         Grid(bits=4, group_size=32, symmetric=symmetric),
     )
     grid = ActivationGrid(bits=4, group_size=size, clip=0.95)
-    y = jax.jit(lambda x, w: QActivation.of(x, grid) @ w)(x, w)
-    expected = jnp.matmul(grid.fake_quantize(x), w.dequantize(), precision="highest")
+    y, expected = product_of(x, w, grid), product_of_values(x, w, grid)
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
-    assert (QActivation.of(x.astype(jnp.bfloat16), grid) @ w).dtype == jnp.bfloat16
+    assert product_of(x.astype(jnp.bfloat16), w, grid).dtype == jnp.bfloat16
 
 
 def test_gradients_are_those_of_the_values():
@@ -104,7 +118,7 @@ def test_gradients_are_those_of_the_values():
         return jnp.sum((QActivation.of(x, grid) @ dataclasses.replace(w, scale=scale)) * cotangent)
 
     by_x, by_scale = jax.jit(jax.grad(loss, (0, 1)))(x, w.scale.astype(jnp.float32))
-    in_floats = jax.grad(lambda x: jnp.sum(grid.fake_quantize(x) @ w.dequantize() * cotangent))(x)
+    in_floats = jax.jit(jax.grad(lambda x: jnp.sum(grid.fake_quantize(x) @ w.dequantize() * cotangent)))(x)
     np.testing.assert_allclose(by_x, in_floats, rtol=1e-4, atol=1e-4)
     steps = np.asarray(w.codes(), np.float64) - np.repeat(np.asarray(w.zero, np.float64), 32, axis=0)
     by_weight = np.asarray(grid.fake_quantize(x), np.float64).T @ np.asarray(cotangent, np.float64)
@@ -131,7 +145,7 @@ def test_constant_tokens_are_exact(value, size):
     w = quantize(jnp.asarray(rng.standard_normal((192, 8)), jnp.float32), Grid(bits=4, group_size=64))
     x, grid = jnp.full((1, 192), value, jnp.float32), ActivationGrid(bits=8, group_size=size)
     expected = value * np.asarray(w.dequantize(), np.float64).sum(0)
-    np.testing.assert_allclose((QActivation.of(x, grid) @ w)[0], expected, rtol=1e-5, atol=1e-5 * abs(value))
+    np.testing.assert_allclose(product_of(x, w, grid)[0], expected, rtol=1e-5, atol=1e-5 * abs(value))
 
 
 def test_an_order_of_inputs_falls_back_to_values():
