@@ -79,7 +79,7 @@ def test_errors_are_against_the_original_weight(layer):
         dataclasses.replace(rounded, stats=None),
         dataclasses.replace(rtn(0.5 * weight, moments, GRID), stats=None),
     )
-    expected = layer_error(rounded.pack().dequantize(), weight, moments.second)
+    expected = jax.jit(lambda r: layer_error(r.pack().dequantize(), weight, moments.second))(rounded)
     assert rounded.stats.error == pytest.approx(float(expected), rel=1e-5)
     assert rounded.stats.error > 0.1  # half of the weight is gone
 
@@ -138,7 +138,9 @@ def test_the_rounding_after_a_choice_sees_all_tokens(layer):
     np.testing.assert_array_equal(whole.codes, gptq(weight, moments, GRID).codes)
 
 
-@pytest.mark.parametrize("name", ["magr-gptq", "osaq-gptq", "osaq-dagger"])
+@pytest.mark.parametrize(
+    "name", ["magr-gptq", "osaq-gptq", pytest.param("osaq-dagger", marks=pytest.mark.slow)]
+)
 def test_transforms_and_refinements_run_under_vmap(name, layer):
     weight, moments = layer
     recipe = named(name, GRID)
