@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import run
 from tiny_families import tiny_config, tiny_params, tiny_tokens
 
 from jaxquant.errors import UsageError
 from jaxquant.models import Precision
-from jaxquant.models.decoder import embed, forward, forward_embedded
+from jaxquant.models.decoder import embed, forward_embedded
 from jaxquant.quant import ActivationGrid, Grid, QArray, quantize
 from jaxquant.smoothness import (
     fisher_trace,
@@ -65,11 +66,11 @@ def test_layer_gradients_of_a_linear_chain(linear):
         return e @ jnp.asarray(w, jnp.float32)
 
     x = jnp.asarray(e, jnp.float32)
-    norms = layer_gradient_norms(apply, x, jnp.asarray(targets), 3)
-    first = jnp.linalg.norm(
-        input_gradient(lambda e: apply(e, jnp.zeros((3, B, T, D))), x, jnp.asarray(targets)), axis=(1, 2)
-    )
-    expected = np.asarray(first)[None] * 1.5 ** -np.arange(3)[:, None]
+    norms = jax.jit(lambda x: layer_gradient_norms(apply, x, jnp.asarray(targets), 3))(x)
+    unshifted = functools.partial(apply, shifts=jnp.zeros((3, B, T, D)))
+    gradient = jax.jit(lambda x: input_gradient(unshifted, x, jnp.asarray(targets)))(x)
+    first = np.linalg.norm(gradient, axis=(1, 2))
+    expected = first[None] * 1.5 ** -np.arange(3)[:, None]
     np.testing.assert_allclose(norms, expected, rtol=1e-5)
 
 
@@ -94,7 +95,8 @@ def test_divergence_of_a_small_step_is_half_its_fisher_form(linear):
     e, w, _ = linear
     step = 1e-2 * np.random.default_rng(1).standard_normal((400, B, T, D))
     with jax.enable_x64(True):
-        far = jax.vmap(lambda h: token_kl(jnp.asarray(e @ w), jnp.asarray((e + h) @ w)))(jnp.asarray(step))
+        divergence = jax.jit(jax.vmap(lambda h: token_kl(jnp.asarray(e @ w), jnp.asarray((e + h) @ w))))
+        far = divergence(jnp.asarray(step))
     form = np.einsum("nbti,btij,nbtj->nbt", step, fisher_of_linear(e, w), step) / 2
     np.testing.assert_allclose(np.sum(far, axis=2), form.sum(2), rtol=0.05)
     trace = 1e-4 / 2 * np.trace(fisher_of_linear(e, w), axis1=-2, axis2=-1).sum()
@@ -127,14 +129,16 @@ def test_proxies_are_differentiable_forward_and_in_reverse(linear):
     with jax.enable_x64(True):
         e, w, targets = jnp.asarray(e), jnp.asarray(w[:, :D] * 0.3), jnp.asarray(targets % D)
         direction = jnp.asarray(np.random.default_rng(1).standard_normal(w.shape))
-        in_reverse = jnp.vdot(jax.grad(sharpness)(w, e, targets), direction)
-        _, forward_mode = jax.jvp(lambda w: sharpness(w, e, targets), (w,), (direction,))
+        value = jax.jit(lambda w: sharpness(w, e, targets))
+        in_reverse = jnp.vdot(jax.jit(jax.grad(value))(w), direction)
+        _, forward_mode = jax.jit(lambda w: jax.jvp(value, (w,), (direction,)))(w)
         step = 1e-4
-        up, down = (sharpness(w + sign * step * direction, e, targets) for sign in (1, -1))
+        up, down = (value(w + sign * step * direction) for sign in (1, -1))
         # The loss itself is computed in float32.
         assert float(in_reverse) == pytest.approx(float(forward_mode), rel=1e-5)
         assert float(in_reverse) == pytest.approx(float((up - down) / (2 * step)), rel=5e-3)
 
+        @jax.jit
         def trace(w):
             return jnp.sum(
                 fisher_trace(lambda e: jnp.tanh(e @ w), e, jax.random.key(0), samples=2, method="probes")
@@ -142,7 +146,7 @@ def test_proxies_are_differentiable_forward_and_in_reverse(linear):
 
         up, down = (trace(w + sign * step * direction) for sign in (1, -1))
         difference = float((up - down) / (2 * step))
-        assert float(jnp.vdot(jax.grad(trace)(w), direction)) == pytest.approx(difference, rel=5e-3)
+        assert float(jnp.vdot(jax.jit(jax.grad(trace))(w), direction)) == pytest.approx(difference, rel=5e-3)
 
 
 def test_impossible_traces(linear):
@@ -188,10 +192,10 @@ def test_packed_models_have_the_gradients_of_their_values(model, quantized):
     if quantized:
         grid = ActivationGrid(bits=4, group_size=16)
         config = dataclasses.replace(config, precision=Precision.uniform(grid, ActivationGrid(bits=4)))
-    run = jax.jit(gradient_of, static_argnums=1)
-    ours, theirs = (run(p, config, tokens) for p in packed_and_dequantized(params))
+    gradient = jax.jit(gradient_of, static_argnums=1)
+    ours, theirs = (gradient(p, config, tokens) for p in packed_and_dequantized(params))
     assert float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs)) < 1e-4
-    original = run(params, config, tokens)
+    original = gradient(params, config, tokens)
     assert float(jnp.linalg.norm(ours - original) / jnp.linalg.norm(original)) > 1e-2
 
 
@@ -219,21 +223,18 @@ def test_a_proxy_of_a_packed_model_is_differentiable_by_its_scales(model):
 
 def test_embedded_tokens_give_the_logits_of_the_tokens(model):
     params, config, tokens = model
-    x = embed(params, config, tokens)
-    np.testing.assert_allclose(
-        forward_embedded(params, config, x), forward(params, config, tokens).logits, atol=1e-5
-    )
+    x, expected = embed(params, config, tokens), run(params, config, tokens).logits
+    embedded = jax.jit(forward_embedded, static_argnums=1)
+    np.testing.assert_allclose(embedded(params, config, x), expected, atol=1e-5)
     shifts = jnp.zeros((config.num_layers, *x.shape)).at[0].set(x)
-    np.testing.assert_allclose(
-        forward_embedded(params, config, jnp.zeros_like(x), shifts=shifts),
-        forward(params, config, tokens).logits,
-        atol=1e-5,
-    )
+    shifted = embedded(params, config, jnp.zeros_like(x), shifts=shifts)
+    np.testing.assert_allclose(shifted, expected, atol=1e-5)
 
 
 def test_a_divergence_is_never_negative_and_keeps_its_digits():
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((64, 200)) * np.repeat([0.1, 1, 10, 60], 16)[:, None]
+    summed_slope = jax.jit(jax.grad(lambda a, b: jnp.sum(token_kl(a, b)), argnums=1))
     for size in (0.0, 1e-6, 1e-3, 1.0, 200.0):
         other = logits + size * rng.standard_normal(logits.shape)
         pair = jnp.asarray(logits, jnp.float32), jnp.asarray(other, jnp.float32)
@@ -242,9 +243,9 @@ def test_a_divergence_is_never_negative_and_keeps_its_digits():
         p, q = (a - a.max(-1, keepdims=True) for a in (p, q))
         p, q = (a - np.log(np.exp(a).sum(-1, keepdims=True)) for a in (p, q))
         expected = np.sum(np.exp(p) * (p - q), axis=-1)
-        found = token_kl(*pair)
+        found = jax.jit(token_kl)(*pair)
         assert float(jnp.min(found)) >= 0
         if size >= 1e-3:
             np.testing.assert_allclose(found, expected, rtol=2e-2 if size == 1e-3 else 1e-4, atol=1e-9)
-        slope = jax.grad(lambda b, a=pair[0]: jnp.sum(token_kl(a, b)))(pair[1])
+        slope = summed_slope(*pair)
         np.testing.assert_allclose(slope, np.exp(q) - np.exp(p), atol=1e-5)
