@@ -13,7 +13,6 @@ import pytest
 from gptq_reference import correlated_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import kendalltau
 
 from jaxquant.errors import NonFiniteError, UsageError
 from jaxquant.methods import (
@@ -192,6 +191,8 @@ def test_tables_that_do_not_fit_are_refused():
 
 
 def test_tau_is_that_of_scipy_with_ties_and_the_interval_holds_it():
+    from scipy.stats import kendalltau  # here and not above: every test process collects every file
+
     rng = np.random.default_rng(1)
     a, b = rng.integers(0, 6, 30), rng.integers(0, 6, 30)
     interval = functools.partial(kendall_interval, a, b, resamples=200)
