@@ -6,16 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import CONFIG
+from small_model import CONFIG, run
 
 from jaxquant.calibrate import collect
 from jaxquant.calibrate.collect import batches, block_moments, model_moments
 from jaxquant.calibrate.moments import massive_tokens
 from jaxquant.methods import Problem
-from jaxquant.models.decoder import TAPS, block, embed, forward
+from jaxquant.models.decoder import TAPS, block, embed
 from jaxquant.models.init import init_params
 from jaxquant.named import named
 from jaxquant.quant import Grid
+
+run_block = jax.jit(block, static_argnums=1, static_argnames=("sliding", "taps"))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def first_block(params):
 
 
 def taps_of(params, hidden):
-    return block(first_block(params), CONFIG, jnp.asarray(hidden), sliding=False, taps=TAPS)[2]
+    return run_block(first_block(params), CONFIG, jnp.asarray(hidden), sliding=False, taps=TAPS)[2]
 
 
 def assert_second(moments, x, weights=None):
@@ -108,7 +110,7 @@ def test_weights_scale_tokens(params, hidden):
 @pytest.mark.parametrize("mask", ["none", "first"])
 def test_moments_of_a_whole_model_are_those_of_its_taps(mask, params, tokens):
     found = model_moments(params, CONFIG, tokens, mask=mask)
-    output = forward(params, CONFIG, jnp.asarray(tokens), taps=TAPS)
+    output = run(params, CONFIG, jnp.asarray(tokens), taps=TAPS)
     for tap in TAPS:
         assert found[tap].second.shape[0] == CONFIG.num_layers
         for index in range(CONFIG.num_layers):

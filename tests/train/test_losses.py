@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import CONFIG
+from small_model import CONFIG, run
 
 from jaxquant.methods import backward_error
 from jaxquant.models import decoder
@@ -27,6 +27,11 @@ from jaxquant.train import (
 )
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def response_of(params, config, tokens):
+    return respond((params, config), tokens, gradient=True)
+
+
 @pytest.fixture(scope="module")
 def tokens():
     return jax.random.randint(jax.random.key(1), (2, 12), 0, 64)
@@ -34,8 +39,8 @@ def tokens():
 
 def test_response_is_the_forward_pass_and_the_input_gradient(student, tokens):
     params, config = student
-    response = respond(student, tokens, gradient=True)
-    whole = decoder.forward(params, config, tokens, taps=(decoder.STREAM,))
+    response = response_of(*student, tokens)
+    whole = run(params, config, tokens, taps=(decoder.STREAM,))
     np.testing.assert_allclose(
         decoder.logits(params, config, response.hidden), whole.logits, rtol=1e-4, atol=1e-5
     )
@@ -49,7 +54,7 @@ def test_response_is_the_forward_pass_and_the_input_gradient(student, tokens):
 
 
 def test_losses_equal_their_definitions_in_float64(student, teacher, tokens):
-    ours, theirs = (respond(model, tokens, gradient=True) for model in (student, teacher))
+    ours, theirs = (response_of(*model, tokens) for model in (student, teacher))
     logits = [
         np.asarray(decoder.logits(*model, r.hidden), np.float64)
         for model, r in ((student, ours), (teacher, theirs))
@@ -71,12 +76,14 @@ def test_losses_equal_their_definitions_in_float64(student, teacher, tokens):
 def test_neighborhood_loss_is_the_divergence_at_shifted_inputs(student, teacher, tokens):
     key = jax.random.key(3)
     e = decoder.embed(*teacher, tokens)
+    embedded = jax.jit(decoder.forward_embedded, static_argnums=1)
     noise = 0.1 * jnp.sqrt(jnp.mean(e**2)) * jax.random.normal(key, e.shape)
-    p, q = (jax.nn.log_softmax(decoder.forward_embedded(*model, e + noise)) for model in (teacher, student))
+    p, q = (jax.nn.log_softmax(embedded(*model, e + noise)) for model in (teacher, student))
     expected = jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
-    loss = neighborhood_loss(student, teacher, tokens, key, radius=0.1)
+    loss_of = jax.jit(lambda key: neighborhood_loss(student, teacher, tokens, key, radius=0.1))
+    loss = loss_of(key)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
-    assert neighborhood_loss(student, teacher, tokens, jax.random.key(4), radius=0.1) != loss
+    assert loss_of(jax.random.key(4)) != loss
 
 
 def test_layer_loss_is_the_mean_backward_error(student, teacher):
@@ -92,11 +99,12 @@ def test_layer_loss_is_the_mean_backward_error(student, teacher):
 
 
 def test_equal_models_have_no_loss(teacher, tokens):
-    ours = respond(teacher, tokens, gradient=True)
+    ours = response_of(*teacher, tokens)
     assert abs(float(prediction_loss(teacher, teacher, ours.hidden, ours.hidden))) < 1e-6
     assert float(stream_loss(ours.stream, ours.stream)) == 0
     assert float(gradient_loss(ours.gradient, ours.gradient)) == 0
-    assert abs(float(neighborhood_loss(teacher, teacher, tokens, jax.random.key(0)))) < 1e-6
+    again = jax.jit(lambda key: neighborhood_loss(teacher, teacher, tokens, key))(jax.random.key(0))
+    assert abs(float(again)) < 1e-6
 
 
 @pytest.mark.slow
@@ -104,11 +112,11 @@ def test_the_gradient_of_the_gradient_loss_agrees_with_differences(teacher, toke
     # Differences would see the steps of scales in float16.
     grid = dataclasses.replace(grid, scale_dtype="float32")
     trained, rest = split(latent_params(teacher[0], grid))
-    known = respond(teacher, tokens, gradient=True).gradient
+    known = response_of(*teacher, tokens).gradient
 
     def loss(trained):
         model = (merge(trained, rest), CONFIG)
-        return gradient_loss(respond(model, tokens, gradient=True).gradient, known)
+        return gradient_loss(response_of(*model, tokens).gradient, known)
 
     gradient = jax.grad(loss)(trained)
     # Norms and stretches move values without moving codes, so differences see what the gradient sees.
