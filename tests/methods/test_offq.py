@@ -7,17 +7,21 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import MemorySource
+from small_model import MemorySource, run
 from tiny_families import RAW, tiny_config, tiny_params, tiny_tokens
 
 from jaxquant.calibrate.offsets import Offsets, offsets
 from jaxquant.errors import UsageError
 from jaxquant.methods import fold_norms, offq, quarot, rotate
 from jaxquant.methods.offq import spread_leaders, stream_basis
-from jaxquant.models.decoder import forward
 from jaxquant.quant import ActivationGrid
 
 GROUP = 8
+# The two with the most parts; the others with the slow tests.
+FAMILIES = [
+    name if name in ("llama_linear_biases", "gemma3") else pytest.param(name, marks=pytest.mark.slow)
+    for name in RAW
+]
 
 
 def folded(name: str):
@@ -33,7 +37,7 @@ def llama():
 
 def test_offsets_against_numpy(llama):
     params, config, tokens, stats = llama
-    taps = forward(
+    taps = run(
         params, config, jnp.asarray(tokens), taps=("attn_in", "mlp_in", "mlp_hidden", "keys", "values")
     ).taps
     top, everything = [], []
@@ -60,10 +64,10 @@ def test_offsets_against_numpy(llama):
     np.testing.assert_allclose(stats.hidden_peak, np.abs(taps["mlp_hidden"]).max((1, 2)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", list(RAW))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_function_is_preserved(name):
     params, config, tokens = folded(name)
-    before = forward(params, config, jnp.asarray(tokens)).logits
+    before = run(params, config, jnp.asarray(tokens)).logits
     rotations = offq(offsets(MemorySource(params, config), tokens), GROUP)
     for matrix in (rotations.residual, rotations.values, rotations.keys):
         assert matrix is not None
@@ -71,7 +75,7 @@ def test_the_function_is_preserved(name):
         assert np.abs(error).max() <= 1e-12
     rotated, config = rotate(params, config, rotations)
     assert config.precision.hidden_hadamard == GROUP
-    after = forward(rotated, config, jnp.asarray(tokens)).logits
+    after = run(rotated, config, jnp.asarray(tokens)).logits
     assert float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before))) <= 1e-4
 
 
@@ -80,7 +84,7 @@ def test_the_mean_of_a_group_is_its_leader(llama):
     rotations = offq(stats, GROUP)
     rotated, turned = rotate(params, config, rotations)
     before, after = (
-        np.asarray(forward(p, c, jnp.asarray(tokens), taps=("mlp_in",)).taps["mlp_in"], np.float64)
+        np.asarray(run(p, c, jnp.asarray(tokens), taps=("mlp_in",)).taps["mlp_in"], np.float64)
         for p, c in ((params, config), (rotated, turned))
     )
     u = stream_basis(stats)
@@ -128,9 +132,7 @@ def test_outlier_tokens_survive_4_bits_better_than_in_random_rotations(llama):
         ),
         ("quarot", quarot(config, 0)),
     ):
-        x = forward(*rotate(params, config, rotations), jnp.asarray(tokens), taps=("attn_in",)).taps[
-            "attn_in"
-        ]
+        x = run(*rotate(params, config, rotations), jnp.asarray(tokens), taps=("attn_in",)).taps["attn_in"]
         errors[name] = float(jnp.linalg.norm(grid.fake_quantize(x) - x) / jnp.linalg.norm(x))
     assert errors["offq"] < 0.5 * errors["quarot"]
     assert errors["offq"] < 0.5 * errors["unsorted"]

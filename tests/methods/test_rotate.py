@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import run
 from tiny_families import RAW, tiny_config, tiny_params, tiny_tokens
 
 from jaxquant.errors import UsageError
@@ -17,6 +18,11 @@ from jaxquant.models import Precision
 from jaxquant.models.decoder import forward
 
 TAPS = ("attn_in", "attn_out", "mlp_in", "mlp_hidden", "keys")
+# The two with the most parts; the others with the slow tests.
+FAMILIES = [
+    name if name in ("llama_linear_biases", "gemma3") else pytest.param(name, marks=pytest.mark.slow)
+    for name in RAW
+]
 
 
 def model(name: str):
@@ -36,17 +42,17 @@ def change(after, before) -> float:
     return float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before)))
 
 
-@pytest.mark.parametrize("name", list(RAW))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_function_is_preserved(name):
     params, config, tokens = model(name)
-    before = forward(params, config, tokens).logits
+    before = run(params, config, tokens).logits
     folded, untied = fold_norms(params, config)
     assert not untied.tie_embeddings
-    assert change(forward(folded, untied, tokens).logits, before) <= 1e-4
+    assert change(run(folded, untied, tokens).logits, before) <= 1e-4
     rotated, turned = rotate(folded, untied, draw(config))
     assert turned.precision == Precision(hidden_hadamard=48)
     assert np.abs(np.asarray(rotated["embed"]) - params["embed"]).max() > 0.1
-    assert change(forward(rotated, turned, tokens).logits, before) <= 1e-4
+    assert change(run(rotated, turned, tokens).logits, before) <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama_linear_biases", "gemma3"])
@@ -55,8 +61,8 @@ def test_the_function_is_preserved_in_float64(name):
         params, config, tokens = model(name)
         config = dataclasses.replace(config, dtype="float64")
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
-        before = forward(params, config, tokens)
-        after = forward(*rotate(*fold_norms(params, config), draw(config)), tokens)
+        before = run(params, config, tokens)
+        after = run(*rotate(*fold_norms(params, config), draw(config)), tokens)
     # The model keeps its statistics and logits in float32.
     assert change(after.logits, before.logits) <= 2e-6
 
@@ -67,7 +73,7 @@ def test_what_the_linears_read_is_in_the_new_basis(name):
     folded, config = fold_norms(params, config)
     rotations = draw(config)
     rotated, turned = rotate(folded, config, rotations)
-    before, after = (forward(p, c, tokens, taps=TAPS).taps for p, c in ((folded, config), (rotated, turned)))
+    before, after = (run(p, c, tokens, taps=TAPS).taps for p, c in ((folded, config), (rotated, turned)))
     assert rotations.values is not None
     assert rotations.hidden is not None
     group = config.num_heads // config.num_kv_heads
@@ -105,11 +111,11 @@ def test_parts_of_a_model_are_treated_like_the_whole():
 @pytest.mark.parametrize("name", ["llama2", "gemma3"])
 def test_a_second_rotation_adds_to_the_first(name):
     params, config, tokens = model(name)
-    before = forward(params, config, tokens).logits
+    before = run(params, config, tokens).logits
     once = rotate(*fold_norms(params, config), draw(config, 1))
     again = dataclasses.replace(draw(config, 2), keys=None, key_shift=None, hidden=None, hidden_block=0)
     twice, config = rotate(*once, again)
-    assert change(forward(twice, config, tokens).logits, before) <= 1e-4
+    assert change(run(twice, config, tokens).logits, before) <= 1e-4
 
 
 def test_half_precision_weights_keep_their_dtype():
