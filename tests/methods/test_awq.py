@@ -147,8 +147,8 @@ def test_never_worse_than_rounding_to_nearest():
     layers = [correlated_layer(48, 20, seed=seed, dead=seed % 3) for seed in range(20)]
     weight = jnp.asarray(np.stack([w for w, _ in layers]), jnp.float32)
     moments = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[moments_of(x) for _, x in layers])
-    scale, error = jax.vmap(lambda w, m: awq_scale((w,), m, GRID))(weight, moments)
-    plain = jax.vmap(lambda w, m: rtn(w, m, GRID))(weight, moments).stats.error
+    scale, error = jax.jit(jax.vmap(lambda w, m: awq_scale((w,), m, GRID)))(weight, moments)
+    plain = jax.jit(jax.vmap(lambda w, m: rtn(w, m, GRID).stats.error))(weight, moments)
     assert np.all(np.asarray(error) <= np.asarray(plain) * (1 + 1e-6))
     assert np.mean(np.asarray(error)) < 0.9 * np.mean(np.asarray(plain))
     for i in (0, 1, 2):

@@ -24,6 +24,8 @@ CASES = {
     "w3 dynamic": (gptq, Grid(bits=3, group_size=32), {"groups": "dynamic"}),
 }
 
+unpacked = jax.jit(lambda rounded: rounded.pack().dequantize())
+
 
 def descend(w, h, codes, scale, zero, bits, sweeps):
     """q_j <- Q(w_j - sum_{k != j} H_jk (q_k - w_k) / H_jj), one column and one row at a time."""
@@ -50,7 +52,7 @@ def nearest_of(problem: Problem):
 
 
 def dequantized(rounded) -> np.ndarray:
-    return np.asarray(rounded.pack().dequantize(), np.float64)
+    return np.asarray(unpacked(rounded), np.float64)
 
 
 @pytest.mark.parametrize(("method", "grid", "options"), CASES.values(), ids=CASES.keys())
