@@ -11,7 +11,6 @@ import pytest
 from gptq_reference import correlated_layer, moments_of, relative_layer_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
 
 from jaxquant.errors import UsageError
 from jaxquant.methods import Problem, linf_prox, magr
@@ -44,6 +43,8 @@ def objective(w, w0, x, alpha, groups) -> np.ndarray:
 
 def solve(w0, x, alpha, groups) -> np.ndarray:
     """The same problem with the maxima as variables t: minimize 1/2 |..|^2 + alpha sum t, |w| <= t."""
+    from scipy.optimize import minimize
+
     h, n = x.T @ x, len(w0)
     h = h / np.linalg.eigvalsh(h)[-1]
     pick = np.kron(np.eye(groups), np.ones((n // groups, 1)))
