@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.optimize
 
 from jaxquant import linalg, methods
 from jaxquant.calibrate.moments import Moments
@@ -333,9 +332,11 @@ def test_what_is_not_finite_does_not_spread(bad):
 
 def chebyshev(w: np.ndarray, z: np.ndarray) -> float:
     """min_b ||w + Z b||_inf as a linear program."""
+    from scipy.optimize import linprog
+
     n, k = z.shape
     ones = np.ones((n, 1))
-    result = scipy.optimize.linprog(
+    result = linprog(
         np.r_[np.zeros(k), 1.0],
         A_ub=np.r_[np.c_[z, -ones], np.c_[-z, -ones]],
         b_ub=np.r_[-w, w],
@@ -378,7 +379,9 @@ def test_more_steps_are_never_worse():
 
 
 @pytest.mark.parametrize(
-    ("grid", "support"), [(SYMMETRIC, 5), (Grid(bits=2, group_size=16), 8)], ids=["gather", "groups"]
+    ("grid", "support"),
+    [pytest.param(SYMMETRIC, 5, marks=pytest.mark.slow), (Grid(bits=2, group_size=16), 8)],
+    ids=["gather", "groups"],
 )
 def test_gradient_against_finite_differences(double, grid, support):
     w, h = layer(32, 3)
@@ -429,8 +432,8 @@ def test_lowers_the_error_of_gptq_where_the_spectrum_decays(grid):
     def rounded(problem):
         return gptq(problem.weight, problem.moments, problem.grid).pack().dequantize()
 
-    plain = jax.vmap(rounded)(problems)
-    ours = jax.vmap(lambda p: rounded(osaq(p, eta=1e3)))(problems)
+    plain = jax.jit(jax.vmap(rounded))(problems)
+    ours = jax.jit(jax.vmap(lambda p: rounded(osaq(p, eta=1e3))))(problems)
     ratios = [
         energy(np.asarray(b) - w, h).sum() / energy(np.asarray(a) - w, h).sum()
         for (w, h), a, b in zip(layers, plain, ours, strict=True)
