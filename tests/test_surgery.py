@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import CONFIG, MemorySource
+from small_model import CONFIG, MemorySource, run
 from tiny_families import tiny_config, tiny_params, tiny_tokens
 
 from jaxquant.calibrate.fisher import fisher_weights
@@ -59,8 +59,8 @@ def test_8_bits_of_a_rotated_model_are_near_the_original(name, params, tokens, t
     assert config.precision.hidden_hadamard == (16 if "offq" in name else 48)
     assert isinstance(loaded["blocks"]["attn"]["q"]["kernel"], QArray)
     assert loaded["blocks"]["attn"]["key_rotation"].dtype == jnp.float32
-    before = forward(params, CONFIG, jnp.asarray(tokens)).logits
-    after = forward(loaded, config, jnp.asarray(tokens)).logits
+    before = run(params, CONFIG, jnp.asarray(tokens)).logits
+    after = run(loaded, config, jnp.asarray(tokens)).logits
     assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) < 0.02
 
 
@@ -73,14 +73,14 @@ def test_16_bits_are_the_rotated_model(name, params, tokens, tmp_path):
     assert summary["mean_error"] == 0
     loaded, config = checkpoint.load_checkpoint(tmp_path / "q")
     assert loaded["blocks"]["mlp"]["down"]["kernel"].dtype == jnp.float16
-    before = forward(params, CONFIG, jnp.asarray(tokens)).logits
-    after = forward(loaded, config, jnp.asarray(tokens)).logits
+    before = run(params, CONFIG, jnp.asarray(tokens)).logits
+    after = run(loaded, config, jnp.asarray(tokens)).logits
     assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) < 2e-3
     quantized = named(f"{name}-w16a4kv4", GRID)
     quantize_model(MemorySource(params), quantized, tokens, tmp_path / "a4")
     loaded, config = checkpoint.load_checkpoint(tmp_path / "a4")
     assert config.precision.keys.bits == 4
-    after = forward(loaded, config, jnp.asarray(tokens)).logits
+    after = run(loaded, config, jnp.asarray(tokens)).logits
     assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) > 1e-2
 
 
@@ -118,7 +118,7 @@ def test_every_linear_multiplies_integers_like_values(params, tokens, tmp_path):
     """On the same inputs: behind one another, a code that rounds the other way moves all that follows."""
     quantize_model(MemorySource(params), named("offq-w4a4kv4", GRID), tokens, tmp_path / "q")
     packed, config = checkpoint.load_checkpoint(tmp_path / "q")
-    taps = forward(packed, config, jnp.asarray(tokens), taps=TAPS).taps
+    taps = run(packed, config, jnp.asarray(tokens), taps=TAPS).taps
     for tap, paths in LINEARS:
         for part, name in (path.split(".") for path in paths):
             for layer in range(config.num_layers):
@@ -130,7 +130,7 @@ def test_every_linear_multiplies_integers_like_values(params, tokens, tmp_path):
 
     def integer_products(params) -> int:
         with use_backend("portable"):  # products of the kernel are not in the text
-            text = jax.jit(forward, static_argnums=1).lower(params, config, jnp.asarray(tokens)).as_text()
+            text = run.lower(params, config, jnp.asarray(tokens)).as_text()
         return sum("stablehlo.dot_general" in line and "xi8>" in line for line in text.splitlines())
 
     values = jax.tree.map(
@@ -145,11 +145,11 @@ def test_every_linear_multiplies_integers_like_values(params, tokens, tmp_path):
 
 @pytest.mark.slow
 def test_offq_beats_quarot_and_no_rotation_at_4_bits(params, tokens, tmp_path):
-    before = forward(params, CONFIG, jnp.asarray(tokens)).logits
+    before = run(params, CONFIG, jnp.asarray(tokens)).logits
     errors = {}
     for name in ("rtn", "quarot", "offq"):
         quantize_model(MemorySource(params), named(f"{name}-w8a4kv4", GRID), tokens, tmp_path / name)
-        after = forward(*checkpoint.load_checkpoint(tmp_path / name), jnp.asarray(tokens)).logits
+        after = run(*checkpoint.load_checkpoint(tmp_path / name), jnp.asarray(tokens)).logits
         errors[name] = float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before))
     assert errors["offq"] < 0.9 * errors["quarot"]
     assert errors["offq"] < 0.9 * errors["rtn"]
@@ -164,7 +164,7 @@ def test_errors_are_those_on_quantized_activations(params, tokens, tmp_path):
     rows = {event["module"]: event["error"] for event in events if event["event"] == "row"}
     loaded, config = checkpoint.load_checkpoint(tmp_path / "q")
     assert config.precision == grids
-    taps = forward(loaded, config, jnp.asarray(tokens), taps=("attn_in",)).taps["attn_in"]
+    taps = run(loaded, config, jnp.asarray(tokens), taps=("attn_in",)).taps["attn_in"]
     for layer in range(CONFIG.num_layers):
         kernel = loaded["blocks"]["attn"]["q"]["kernel"]
         values = jax.tree.map(lambda leaf, i=layer: leaf[i], kernel).dequantize()
@@ -211,8 +211,8 @@ def test_learned_rotations_preserve_the_function():
     config = named("spinquant-w8a3kv3", GRID).runtime(original.config)
     rotated = operate(original, SpinQuant(steps=2), config, tokens)
     exact = dataclasses.replace(config, precision=Precision(hidden_hadamard=48))
-    before = forward(original.params, original.config, jnp.asarray(tokens)).logits
-    after = forward(load_params(rotated), exact, jnp.asarray(tokens)).logits
+    before = run(original.params, original.config, jnp.asarray(tokens)).logits
+    after = run(load_params(rotated), exact, jnp.asarray(tokens)).logits
     assert float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before))) <= 1e-4
 
 
@@ -298,9 +298,7 @@ def test_a_folded_source_is_the_same_model(params, tokens):
     blocks = [source.block(index) for index in range(CONFIG.num_layers)]
     assert all(np.all(block["mlp_norm"] == 1) for block in blocks)
     folded = {**source.outer(), "blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
-    before, after = (
-        forward(p, c, jnp.asarray(tokens)).logits for p, c in ((params, CONFIG), (folded, config))
-    )
+    before, after = (run(p, c, jnp.asarray(tokens)).logits for p, c in ((params, CONFIG), (folded, config)))
     np.testing.assert_allclose(after, before, atol=1e-4)
     assert source.fingerprint() == MemorySource(params).fingerprint()
 
@@ -388,6 +386,5 @@ def test_a_rotated_smollm2_computes_the_same(name, smollm2):
     recipe = named(f"{name}-w16a16kv16", Grid(bits=4, group_size=64))
     assert recipe.surgery is not None
     rotated = operate(smollm2, recipe.surgery, recipe.runtime(smollm2.config), tokens)
-    run = jax.jit(forward, static_argnums=1)
     before, after = (run(load_params(s), s.config, jnp.asarray(tokens)).logits for s in (smollm2, rotated))
     assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) <= 1e-4

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_model import run
 from tiny_families import tiny_config, tiny_params, tiny_tokens
 
 from jaxquant.errors import NonFiniteError
 from jaxquant.linalg import random_orthogonal
 from jaxquant.methods import Rotations, cayley_step, fold_norms, rotate, spin
 from jaxquant.methods.spin import nearest_orthogonal, turn_blocks
-from jaxquant.models.decoder import forward
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -102,6 +102,6 @@ def test_blocks_are_turned_as_rotate_does(name):
     for a, b in zip(jax.tree.leaves(turned), jax.tree.leaves(expected["blocks"]), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6)
     tokens = jnp.asarray(tiny_tokens(name))
-    before = forward(params, config, tokens).logits
-    after = forward({**expected, "blocks": turned}, config, tokens).logits
+    before = run(params, config, tokens).logits
+    after = run({**expected, "blocks": turned}, config, tokens).logits
     assert float(jnp.max(jnp.abs(after - before)) / jnp.max(jnp.abs(before))) <= 1e-4
