@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import CONFIG, MemorySource
+from small_model import CONFIG, MemorySource, run
 
 from jaxquant.calibrate.collect import embed_all, model_moments
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.evaluate.probe import Domain, Probe
 from jaxquant.evaluate.task_data import Item
 from jaxquant.methods import Problem
-from jaxquant.models.decoder import forward
 from jaxquant.models.init import init_params
 from jaxquant.named import named
 from jaxquant.quant import Grid, QArray
@@ -85,7 +84,7 @@ def replaced(source, moments, recipe, block, linears):
 
 def losses(params, original, domain):
     """By token, of whole logits."""
-    ours, theirs = (jax.nn.log_softmax(forward(p, CONFIG, domain.tokens).logits) for p in (params, original))
+    ours, theirs = (jax.nn.log_softmax(run(p, CONFIG, domain.tokens).logits) for p in (params, original))
     text, place = np.nonzero(domain.scored)
     ours, theirs = (np.asarray(a, np.float64)[text, place - 1] for a in (ours, theirs))
     at = np.arange(len(text)), domain.tokens[text, place]
