@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shlex
 import signal
@@ -52,15 +54,15 @@ def quantized(tmp_path_factory, text):
         str(text),
         "--out",
         str(folder),
+        "--json",
     ]
-    result = subprocess.run(
-        [sys.executable, "-m", "jaxquant.cli", *arguments, "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return folder, [json.loads(line) for line in result.stdout.splitlines()]
+    # In this process, whose later commands run the same programs.
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stdout:
+        patch.setattr(sys, "argv", ["jaxquant", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+    assert not exit_.value.code
+    return folder, [json.loads(line) for line in stdout.getvalue().splitlines()]
 
 
 def test_quantize_prints_json_lines_and_fills_the_folder(quantized):
@@ -216,6 +218,7 @@ cli.main()
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(quantized, text, tmp_path, run):
     folder = tmp_path / "killed"
     arguments = ["quantize", "tiny", "--recipe", "gptq", *SMALL]
@@ -315,6 +318,7 @@ def test_help_teaches_by_example_and_starts_fast(run):
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_demo_runs_the_whole_tour(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run("demo", "--model", "tiny")
@@ -463,7 +467,7 @@ def test_allocations_that_cannot_be_are_refused(run, sums, tmp_path):
 
 
 def test_calibration_texts_are_mixed(run, text, tmp_path):
-    base = ["quantize", "tiny", "--recipe", "rtn", "--group-size", 32, "--samples", 4, "--seqlen", 64,
+    base = ["quantize", "tiny", "--recipe", "gptq", *SMALL, "--samples", 4,
             "--calibration", text, "--calibration", "corpus"]  # fmt: skip
     code, _, _ = run(*base, "--mix", "1,3", "--out", tmp_path / "q")
     assert code == 0

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import CONFIG, MemorySource
+from small_model import CONFIG, MemorySource, run
 
 from jaxquant.calibrate.fisher import fisher_weights, output_moments
 from jaxquant.calibrate.moments import observe
 from jaxquant.errors import InputError, NonFiniteError, UsageError
 from jaxquant.io import checkpoint, load_model
 from jaxquant.methods import Problem, backward_error, layer_error
-from jaxquant.models.decoder import TAPS, block, embed, forward
+from jaxquant.models.decoder import TAPS, block, embed
 from jaxquant.models.init import init_params
 from jaxquant.named import named
 from jaxquant.pipeline import quantize_model
@@ -34,6 +34,8 @@ from jaxquant.stages import AWQ, FINE, GPTQ, RTN, Best, CoordinateDescent, Group
 
 GRID = Grid(bits=3, group_size=16, clip="mse")
 RECIPE = named("gptq", GRID)
+
+run_block = jax.jit(block, static_argnums=1, static_argnames=("sliding", "taps"))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_errors_are_those_of_the_saved_weights_on_the_inputs_from_the_quantized_
     for index in range(3):
         original = jax.tree.map(lambda leaf, i=index: leaf[i], params["blocks"])
         packed = jax.tree.map(lambda leaf, i=index: leaf[i], quantized["blocks"])
-        _, _, taps = block(original, config, x, sliding=False, taps=TAPS)
+        _, _, taps = run_block(original, config, x, sliding=False, taps=TAPS)
         for path, tap in (
             ("attn.k", "attn_in"),
             ("attn.o", "attn_out"),
@@ -108,7 +110,7 @@ def test_errors_are_those_of_the_saved_weights_on_the_inputs_from_the_quantized_
             weight = original[part][name]["kernel"]
             error = layer_error(packed[part][name]["kernel"].dequantize(), weight, observe(taps[tap]).second)
             assert float(error) == pytest.approx(reported[f"blocks.{index}.{path}"], rel=1e-4)
-        x, _, _ = block(packed, config, x, sliding=False)
+        x, _, _ = run_block(packed, config, x, sliding=False)
 
 
 def test_reload_is_bit_exact_and_runs(finished, tokens):
@@ -119,13 +121,13 @@ def test_reload_is_bit_exact_and_runs(finished, tokens):
     assert kernel.grid == GRID
     one, _ = checkpoint.load_block(folder, 1)
     np.testing.assert_array_equal(kernel.words[1], one["mlp"]["down"]["kernel"].words)
-    logits = forward(model.params, model.config, jnp.asarray(tokens[:1])).logits
+    logits = run(model.params, model.config, jnp.asarray(tokens[:1])).logits
     dense = jax.tree.map(
         lambda leaf: jax.vmap(lambda q: q.dequantize())(leaf) if isinstance(leaf, QArray) else leaf,
         model.params, is_leaf=lambda leaf: isinstance(leaf, QArray),
     )  # fmt: skip
     np.testing.assert_allclose(
-        logits, forward(dense, model.config, jnp.asarray(tokens[:1])).logits, atol=1e-4, rtol=1e-4
+        logits, run(dense, model.config, jnp.asarray(tokens[:1])).logits, atol=1e-4, rtol=1e-4
     )
 
 
@@ -149,7 +151,7 @@ def test_reload_is_bit_exact_and_runs(finished, tokens):
 def test_every_option_gives_a_loadable_model(recipe, params, tokens, tmp_path):
     quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q")
     loaded, config = checkpoint.load_checkpoint(tmp_path / "q")
-    assert bool(jnp.all(jnp.isfinite(forward(loaded, config, jnp.asarray(tokens[:1])).logits)))
+    assert bool(jnp.all(jnp.isfinite(run(loaded, config, jnp.asarray(tokens[:1])).logits)))
     rows, _ = read_rows(tmp_path / "q")
     assert all(row["error"] < 0.5 for row in rows)
 
@@ -162,7 +164,7 @@ def test_fisher_weights_enter_the_errors_and_are_kept_for_a_resumed_run(params, 
     weights = fisher_weights(MemorySource(params), tokens)
     x = embed({"embed": params["embed"].astype(jnp.float16)}, CONFIG, jnp.asarray(tokens))
     original = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
-    taps = block(original, CONFIG, x, sliding=False, taps=TAPS)[2]
+    taps = run_block(original, CONFIG, x, sliding=False, taps=TAPS)[2]
     moments = observe(taps["attn_in"], weights=jnp.asarray(weights[0]["attn_in"]))
     saved, _ = checkpoint.load_block(tmp_path / "q", 0)
     error = layer_error(
@@ -304,8 +306,8 @@ def test_blocks_with_different_grids_run_and_reload(params, tokens, tmp_path):
         jax.tree.map(dense, checkpoint.load_block(tmp_path / "q", i)[0], is_leaf=is_packed) for i in range(3)
     ]
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(a, jnp.float32) for a in leaves]), *plain)
-    ours = jax.jit(lambda p: forward(p, config, tokens).logits)(loaded)
-    theirs = forward({**loaded, "blocks": stacked}, config, tokens).logits
+    ours = run(loaded, config, tokens).logits
+    theirs = run({**loaded, "blocks": stacked}, config, tokens).logits
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -346,8 +348,8 @@ def test_bits_by_group_are_saved_reloaded_and_counted(params, tokens, tmp_path):
         for i in range(3)
     ]  # fmt: skip
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(a, jnp.float32) for a in leaves]), *plain)
-    ours = jax.jit(lambda p: forward(p, config, tokens).logits)(loaded)
-    theirs = forward({**loaded, "blocks": stacked}, config, tokens).logits
+    ours = run(loaded, config, tokens).logits
+    theirs = run({**loaded, "blocks": stacked}, config, tokens).logits
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -530,7 +532,7 @@ def test_tuned_scales_enter_the_rows_and_survive_an_interrupt(params, tokens, tm
     assert 0 < summary["mean_error"] != plain["mean_error"]
     original = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
     x = embed({"embed": params["embed"].astype(jnp.float16)}, CONFIG, jnp.asarray(tokens))
-    taps = block(original, CONFIG, x, sliding=False, taps=TAPS)[2]
+    taps = run_block(original, CONFIG, x, sliding=False, taps=TAPS)[2]
     saved, record = checkpoint.load_block(tmp_path / "q", 0)
     row = next(row for row in record["rows"] if row["linear"] == "attn.q")
     values = saved["attn"]["q"]["kernel"].dequantize()

@@ -10,11 +10,11 @@ from jaxquant.calibrate.moments import observe
 from jaxquant.methods import gptq
 from jaxquant.quant import Grid
 
-torch = pytest.importorskip("torch")
-
 
 def torch_gptq(w, h, *, bits: int, group: int, act_order: bool, percdamp: float = 0.01, block: int = 128):
     """Integers `[out, in]` of an `[out, in]` weight: static groups, min-max grids, float16 scales."""
+    import torch  # here and not above: every test process collects every file
+
     w, h, top = w.clone(), h.clone(), 2**bits - 1
     out, rows = w.shape
     parts = w.reshape(out, -1, group)
@@ -40,10 +40,12 @@ def torch_gptq(w, h, *, bits: int, group: int, act_order: bool, percdamp: float 
     return codes[:, torch.argsort(order)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "group", "act_order"), [(4, 64, True), (3, 32, False), (2, 192, True)], ids=["w4", "w3", "w2 pc"]
 )
 def test_integers_equal_torch(bits, group, act_order):
+    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(bits)
     rows, out = 192, 64
     x = rng.standard_normal((600, rows)) @ (np.eye(rows) + rng.standard_normal((rows, rows)) / rows**0.5)

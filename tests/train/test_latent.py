@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_model import CONFIG
+from small_model import CONFIG, run
 
 from jaxquant.calibrate.moments import observe
 from jaxquant.methods import Problem
-from jaxquant.models.decoder import forward
 from jaxquant.models.init import init_params
 from jaxquant.named import named
 from jaxquant.quant import Grid, QArray, quantize
@@ -120,7 +119,7 @@ def test_models_are_split_packed_and_put_together_again():
     packed = packed_params(student)
     assert isinstance(packed["blocks"]["mlp"]["down"]["kernel"], QArray)
     np.testing.assert_allclose(
-        forward(student, CONFIG, tokens).logits, forward(packed, CONFIG, tokens).logits, atol=1e-4
+        run(student, CONFIG, tokens).logits, run(packed, CONFIG, tokens).logits, atol=1e-4
     )
     again = latent_params(packed)
     np.testing.assert_array_equal(

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import CONFIG, MemorySource
+from small_model import CONFIG, MemorySource, run
 
 from jaxquant.errors import InputError, UsageError
 from jaxquant.io import checkpoint
-from jaxquant.models.decoder import forward
 from jaxquant.models.init import init_params
 from jaxquant.named import named
 from jaxquant.pipeline import quantize_model
@@ -51,7 +50,7 @@ def leaves(folder):
 def kl(source, folder, tokens):
     params, config = checkpoint.load_checkpoint(folder)
     p, q = (
-        jax.nn.log_softmax(forward(*model, jnp.asarray(tokens)).logits)
+        jax.nn.log_softmax(run(*model, jnp.asarray(tokens)).logits)
         for model in ((source.params, CONFIG), (params, config))
     )
     return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
