@@ -39,7 +39,7 @@ class Kernel:
         on all.
     """
 
-    call: Callable[..., Array]
+    call: Callable[..., Any]
     refuses: Callable[..., str]
     lacks: Callable[[Any], str] | None = None
 
@@ -52,8 +52,8 @@ def check_backend(backend: str | None) -> None:
 
 
 def by_platform(
-    portable: Callable[..., Array], kernels: Mapping[str, Kernel], *, rows: int
-) -> Callable[..., Array]:
+    portable: Callable[..., Any], kernels: Mapping[str, Kernel], *, rows: int
+) -> Callable[..., Any]:
     """`portable(*arrays, **layout)`, computed by a kernel where one takes the arrays.
 
     It is a primitive, since no device is asked while tracing: the choice is made where a program is lowered.
@@ -63,46 +63,55 @@ def by_platform(
     rows of one call, over others, or where it would copy more of these than it is given, it loops.
 
     Args:
-      portable: its name is that of the primitive.
+      portable: returns an array or a tuple of them; its name is that of the primitive.
       kernels: by platform: `"cpu"`, `"tpu"`, `"cuda"`.
-      rows: the number of leading arrays whose first axis is rows of the result.
+      rows: the number of leading arrays whose first axis is rows of every result.
 
     Returns:
       The function, with another keyword `backend`: `"portable"` spares the kernels, `"kernel"` raises
       UsageError where there is none. `None`: as `use_backend` says, else the kernel where there is one.
     """
     primitive = Primitive(f"{portable.__name__}_by_platform")
+    primitive.multiple_results = True
 
-    def bind(*arrays: Array, backend: Backend | None = None, **layout: Any) -> Array:
+    def bind(*arrays: Array, backend: Backend | None = None, **layout: Any) -> Any:
         chosen = use_backend.value if backend is None else backend
         check_backend(chosen)
         if chosen == "portable":
             return portable(*arrays, **layout)
-        return again(*arrays, asked=chosen == "kernel", strict=backend == "kernel", **layout)
+        results = again(*arrays, asked=chosen == "kernel", strict=backend == "kernel", **layout)
+        return results[0] if len(results) == 1 else tuple(results)
 
-    def again(*arrays: Array, **params: Any) -> Array:
+    def again(*arrays: Array, **params: Any) -> list[Array]:
         return primitive.bind(*varying_alike(*arrays), **params)
 
     def shape(*avals: Any, asked: bool, strict: bool, **layout: Any) -> Any:
         inputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-        result = jax.eval_shape(functools.partial(portable, **layout), *inputs)
-        return avals[0].update(shape=result.shape, dtype=result.dtype, weak_type=False)
+        results = jax.tree.leaves(jax.eval_shape(functools.partial(portable, **layout), *inputs))
+        return [avals[0].update(shape=a.shape, dtype=a.dtype, weak_type=False) for a in results]
 
     def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], **params: Any) -> Any:
         layout = {key: value for key, value in params.items() if key not in ("asked", "strict")}
         moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
         moving = [i for i in moving if jnp.issubdtype(primals[i].dtype, jnp.floating)]
 
-        def of_moving(*values: Array) -> Array:
+        def of_moving(*values: Array) -> list[Array]:
             arrays = list(primals)
             for i, value in zip(moving, values, strict=True):
                 arrays[i] = value
-            return portable(*arrays, **layout)
+            return jax.tree.leaves(portable(*arrays, **layout))
 
-        _, tangent = jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
-        return again(*primals, **params), tangent
+        results = again(*primals, **params)
+        _, moved = jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+        # Integers do not move: `jax.jvp` says so with a dtype, a rule with a symbol.
+        return results, [
+            ad.Zero(jax.typeof(y).to_tangent_aval()) if tangent.dtype == jax.dtypes.float0 else tangent
+            for y, tangent in zip(results, moved, strict=True)
+        ]
 
-    def batch(arrays: tuple[Array, ...], axes: tuple[int | None, ...], **params: Any) -> tuple[Array, int]:
+    def batch(
+        arrays: tuple[Array, ...], axes: tuple[int | None, ...], **params: Any
+    ) -> tuple[list[Array], list[int]]:
         size = next(a.shape[i] for a, i in zip(arrays, axes, strict=True) if i is not None)
         front = [a if i is None else jnp.moveaxis(a, i, 0) for a, i in zip(arrays, axes, strict=True)]
         alone, mapped = (
@@ -115,22 +124,25 @@ def by_platform(
                 for a, axis in zip(front[:rows], axes[:rows], strict=True)
             ]
             count = own[0].shape[1]
-            y = again(*(a.reshape(size * a.shape[1], *a.shape[2:]) for a in own), *front[rows:], **params)
-            return y.reshape(size, count, *y.shape[1:]), 0
+            results = again(
+                *(a.reshape(size * a.shape[1], *a.shape[2:]) for a in own), *front[rows:], **params
+            )
+            return [y.reshape(size, count, *y.shape[1:]) for y in results], [0] * len(results)
         stacked = [a for a, axis in zip(front, axes, strict=True) if axis is not None]
 
-        def one(slices: list[Array]) -> Array:
+        def one(slices: list[Array]) -> list[Array]:
             left = iter(slices)
             return again(
                 *(a if axis is None else next(left) for a, axis in zip(front, axes, strict=True)), **params
             )
 
-        return jax.lax.map(one, stacked), 0
+        results = jax.lax.map(one, stacked)
+        return results, [0] * len(results)
 
     def lower(platform: str | None) -> Callable[..., Any]:
-        lower_portable = mlir.lower_fun(portable, multiple_results=False)
+        lower_portable = _lower(portable)
         kernel = kernels.get(platform or "")
-        lower_kernel = kernel and mlir.lower_fun(kernel.call, multiple_results=False)
+        lower_kernel = kernel and _lower(kernel.call)
 
         def rule(
             context: mlir.LoweringRuleContext, *operands: Any, asked: bool, strict: bool, **layout: Any
@@ -154,10 +166,10 @@ def by_platform(
         return rule
 
     @functools.cache
-    def compiled(**params: Any) -> Callable[..., Array]:
+    def compiled(**params: Any) -> Callable[..., list[Array]]:
         return jax.jit(functools.partial(again, **params))
 
-    def run(*arrays: Array, **params: Any) -> Array:
+    def run(*arrays: Array, **params: Any) -> list[Array]:
         with jax.disable_jit(False):  # there is nothing to run step by step
             return compiled(**params)(*arrays)
 
@@ -179,6 +191,10 @@ def varying_alike(*arrays: Array) -> list[Array]:
         a if own == union else jax.lax.pcast(a, tuple(union - own), to="varying")
         for a, own in zip(arrays, axes, strict=True)
     ]
+
+
+def _lower(f: Callable[..., Any]) -> Callable[..., Any]:
+    return mlir.lower_fun(lambda *arrays, **layout: jax.tree.leaves(f(*arrays, **layout)))
 
 
 def _cannot_hold_calls(module: Any, platform: str | None) -> str:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxquant.errors import InputError
 from jaxquant.kernels.dequant_matmul import dequant_matmul, reference
 from jaxquant.kernels.integer_matmul import integer_matmul
+from jaxquant.kernels.platform import Kernel, by_platform
 from jaxquant.quant import Grid, quantize
 
 
@@ -54,6 +55,39 @@ def test_rows_may_be_symbolic_in_an_exported_program(arrays):
     rows = jax.export.symbolic_shape("rows, 64")
     exported = jax.export.export(jax.jit(lambda x: product(x, *weight)), platforms=["tpu"])
     assert exported(jax.ShapeDtypeStruct(rows, jnp.float32)).out_avals[0].shape[1] == 128
+
+
+def split(x, weight, *, step):
+    """Whole steps, an integer, and what is left of a row, a float."""
+    steps = jnp.floor(x / step).astype(jnp.int32)
+    return steps, jnp.sum(weight * (x - step * steps.astype(x.dtype)), axis=1)
+
+
+def by_remainder(x, weight, *, step):
+    left = jnp.mod(x, step)
+    return jnp.round((x - left) / step).astype(jnp.int32), jnp.sum(weight * left, axis=1)
+
+
+@pytest.mark.parametrize("over", ["rows", "both"])
+def test_several_results_of_several_dtypes(over):
+    parts = functools.partial(
+        by_platform(split, {"cpu": Kernel(by_remainder, lambda *_, step: "")}, rows=1), step=2.0
+    )
+    x, weight = jnp.asarray([[0.5, 3.0], [-1.25, 7.0], [2.0, 9.5]]), jnp.asarray([[1.0, 2.0]])
+    assert "remainder" in jax.jit(parts).lower(x, weight).as_text()
+    expected = split(x, weight, step=2.0)
+    jax.tree.map(np.testing.assert_array_equal, parts(x, weight), expected)
+    (steps, left), (no_steps, moved) = jax.jvp(parts, (x, weight), (jnp.ones_like(x), jnp.zeros_like(weight)))
+    jax.tree.map(np.testing.assert_array_equal, (steps, left), expected)
+    assert no_steps.dtype == jax.dtypes.float0
+    np.testing.assert_array_equal(moved, [3, 3, 3])
+    gradient = jax.jit(jax.grad(lambda x, weight: jnp.sum(parts(x, weight)[1]), (0, 1)))(x, weight)
+    np.testing.assert_array_equal(gradient[0], jnp.broadcast_to(weight, x.shape))
+    np.testing.assert_array_equal(gradient[1], [[0.5 + 0.75, 1 + 1 + 1.5]])
+    axes = (0, None) if over == "rows" else (0, 0)
+    weights = weight if over == "rows" else jnp.broadcast_to(weight, (3, 1, 2))
+    mapped = jax.jit(jax.vmap(parts, in_axes=axes))(x[:, None], weights)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:, 0], b), mapped, expected)
 
 
 def test_shapes_that_do_not_agree(arrays):
