@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxquant.calibrate.collect import BATCH_TOKENS
 from jaxquant.io.checkpoint import PATHS
-from jaxquant.linalg import base_order
+from jaxquant.linalg import hadamard_factors
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.recipe import Recipe
 from jaxquant.stages import RTN, Keep, Tune
@@ -109,23 +109,19 @@ def token_cost(config: ModelConfig, *, rotated: bool) -> dict[str, float]:
       rotated: whether a surgery has left operations in the blocks.
 
     Returns:
-      Multiply-adds, or additions: `linears`; and of what a surgery leaves, `key_rotation` (of queries and
-      keys), `hidden_hadamard` (inputs of `down`) and `post_rotation` (behind inner norms). Bytes:
+      Multiply-adds of the portable program: `linears`; and of what a surgery leaves, `key_rotation` (of
+      queries and keys), `hidden_hadamard` (inputs of `down`) and `post_rotation` (behind inner norms). Bytes:
       `cache_bytes`, and `cache_bytes_16` of a cache in 16 bits.
     """
     layers, d, size = config.num_layers, config.hidden_size, config.head_dim
     block = config.precision.hidden_hadamard
-    base = base_order(block) if block else 0
     channels = config.num_kv_heads * size
     grids = (config.precision.keys, config.precision.values)
     bits = sum(16.0 if grid is None else grid.effective_bits(size) for grid in grids)
     per_layer = {
         "linears": sum(math.prod(config.linear_shape(path)) for path in PATHS),
         "key_rotation": rotated * (config.num_heads + config.num_kv_heads) * size**2,
-        # A butterfly for every doubling, a product where the order has an odd part.
-        "hidden_hadamard": config.intermediate_size * (math.log2(block / base) + base * (base > 1))
-        if block
-        else 0,
+        "hidden_hadamard": config.intermediate_size * sum(hadamard_factors(block)) if block else 0,
         "post_rotation": rotated * config.post_norms * 2 * d**2,
         "cache_bytes": channels * bits / 8,
         "cache_bytes_16": 4 * channels,

@@ -5,6 +5,7 @@ from jaxquant.linalg.dense import product, rows_from
 from jaxquant.linalg.hadamard import (
     base_order,
     hadamard,
+    hadamard_factors,
     hadamard_transform,
     random_hadamard,
     random_orthogonal,
@@ -33,6 +34,7 @@ __all__ = [
     "damped_factor",
     "deflated_mean",
     "hadamard",
+    "hadamard_factors",
     "hadamard_transform",
     "hard_null_space",
     "intersect",

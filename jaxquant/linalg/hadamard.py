@@ -16,6 +16,8 @@ from jaxtyping import Array, Float
 
 from jaxquant.errors import UsageError
 
+# Of a power of two, by measurement on CPUs.
+_LARGEST_FACTOR = 64
 _SYLVESTER = np.array([[1, 1], [1, -1]], np.int8)
 _TURN = np.array([[1, -1], [-1, -1]], np.int8)
 
@@ -52,11 +54,30 @@ def base_order(n: int) -> int:
     )
 
 
+def hadamard_factors(n: int) -> tuple[int, ...]:
+    """Orders of which `hadamard(n)` is the Kronecker product, in this order, as even as they can be.
+
+    The first has the odd part, the others are powers of two; as few as there are with none above 64, or
+    above the base where that is larger.
+
+    Raises:
+      UsageError: no Hadamard matrix of that order.
+    """
+    base = base_order(n)
+    doublings = (n // base).bit_length() - 1
+    room, most = max(0, (_LARGEST_FACTOR // base).bit_length() - 1), _LARGEST_FACTOR.bit_length() - 1
+    factors = [base] + [1] * math.ceil(max(0, doublings - room) / most)
+    for _ in range(doublings):
+        factors[factors.index(min(factors))] *= 2
+    return tuple(factors)
+
+
 def hadamard_transform(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     """`x H / sqrt(n)` with `hadamard(n)`: orthogonal, and its own inverse where n is a power of two.
 
-    `n (m + log2(n / m))` operations a row, m as in `base_order`. Computed in float32, or in float64 for such
-    an x; differentiable.
+    One product for each factor f of H (`hadamard_factors`), `n sum(f)` operations a row: a row is a tensor
+    with an axis a factor, and `x (A (x) B)` are products over each of its axes. Computed in float32, or in
+    float64 for such an x; differentiable.
 
     Raises:
       UsageError: no Hadamard matrix of that order, or x is not of a float dtype.
@@ -64,15 +85,12 @@ def hadamard_transform(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise UsageError(f"hadamard_transform: x is {x.dtype}; cast it to a float dtype")
     n = x.shape[-1]
-    m = base_order(n)
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    y = x.astype(dtype).reshape(math.prod(x.shape[:-1]), m, n // m)
-    for k in range((n // m).bit_length() - 1):
-        pairs = y.reshape(y.shape[0], m, n // m >> (k + 1), 2, 2**k)
-        first, second = pairs[..., 0, :], pairs[..., 1, :]
-        y = jnp.stack([first + second, first - second], axis=-2).reshape(y.shape)
-    if m > 1:
-        y = jnp.einsum("bik,ij->bjk", y, jnp.asarray(hadamard(m), dtype), precision="highest")
+    y, rows = x.astype(dtype), math.prod(x.shape[:-1])
+    for order in reversed(hadamard_factors(n)):
+        # The axes rotate: each is the last when it is multiplied, and after all of them the first again.
+        h = jnp.asarray(hadamard(order), dtype)
+        y = jnp.matmul(y.reshape(rows, n // order, order), h, precision="highest").swapaxes(1, 2)
     return (y * jnp.asarray(n**-0.5, dtype)).reshape(x.shape).astype(x.dtype)
 
 
