@@ -231,7 +231,9 @@ def run(script: str, about: str | None, chips: Iterable[str], compile_all: Compi
 
     from jaxquant.folder import versions
 
-    compilers = ["libtpu"] + [f"jax-{_plugin().removeprefix('xla_')}-plugin"] * ("H100" in chips)
+    compilers = ["libtpu"]
+    if "H100" in chips:
+        compilers.append(f"jax-{_plugin().removeprefix('xla_')}-plugin")
     facts = {"versions": versions() | {name: version(name) for name in compilers}, "rows": rows}
     results = RESULTS / Path(script).name
     results.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
