@@ -13,6 +13,8 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, UInt8
 
 from jaxquant.errors import UsageError
+from jaxquant.kernels.hadamard import hadamard_quantize
+from jaxquant.linalg import hadamard_transform
 from jaxquant.quant.grid import working_dtype
 
 #: How an asymmetric range is found; see `ActivationGrid`.
@@ -191,12 +193,24 @@ class QActivation:
     grid: ActivationGrid = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, x: Float[Array, "*tokens n"], grid: ActivationGrid) -> QActivation:
-        """`x` quantized on `grid`."""
-        scale, lo = grid.fit(x)
-        codes = grid.quantize(x, scale, lo)
+    def of(cls, x: Float[Array, "*tokens n"], grid: ActivationGrid, *, hadamard: int = 0) -> QActivation:
+        """`x` quantized on `grid`; first blocks of `hadamard` channels are transformed, if it is not 0.
+
+        Raises:
+          UsageError: no such blocks, see `kernels.hadamard`; groups that do not divide the channels.
+        """
+        turned = x
+        if hadamard:
+            codes, scale, lo = hadamard_quantize(x, grid, hadamard)
+            # Under `jit` only a gradient asks for it.
+            blocks = x.astype(scale.dtype).reshape(*x.shape[:-1], x.shape[-1] // hadamard, hadamard)
+            turned = hadamard_transform(blocks).reshape(x.shape)
+        else:
+            scale, lo = grid.fit(x)
+            codes = grid.quantize(x, scale, lo)
         values = grid.dequantize(codes, scale, lo, x.dtype)
-        return cls(codes, scale, lo, straight_through(grid._relaxed(x, codes, scale, lo), values), grid)
+        smooth = grid._relaxed(turned, codes, scale, lo).astype(x.dtype)
+        return cls(codes, scale, lo, straight_through(smooth, values), grid)
 
 
 def straight_through(smooth: Array, values: Array) -> Array:
