@@ -95,8 +95,13 @@ class ActivationGrid:
         In a constant group the scale is 0 and `lo` the constant. NaN and infinity stay.
         """
         grouped = self._grouped(x)
+        return self.of_range(jnp.min(grouped, axis=-1), jnp.max(grouped, axis=-1))
+
+    def of_range(
+        self, low: Float[Array, "*groups"], high: Float[Array, "*groups"]
+    ) -> tuple[Float[Array, "*groups"], Float[Array, "*groups"]]:
+        """`(scale, lo)` of groups with these least and largest values."""
         top = 2**self.bits - 1
-        low, high = jnp.min(grouped, axis=-1), jnp.max(grouped, axis=-1)
         if self.symmetric:
             scale = self._storable(self.clip * jnp.maximum(-low, high) / (2 ** (self.bits - 1) - 1))
             return scale, self.symmetric_lo(scale)
