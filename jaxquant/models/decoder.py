@@ -280,10 +280,7 @@ def _block(
 
     mlp_in = _quantize(rms_norm(x, block_params["mlp_norm"], config), precision.mlp_in, mlp["gate"])
     mlp_hidden = _activate(_linear(mlp["gate"], mlp_in), config) * _linear(mlp["up"], mlp_in)
-    if precision.hidden_hadamard:
-        blocks = mlp_hidden.reshape(batch, length, -1, precision.hidden_hadamard)
-        mlp_hidden = hadamard_transform(blocks).reshape(mlp_hidden.shape)
-    mlp_hidden = _quantize(mlp_hidden, precision.mlp_hidden, mlp["down"])
+    mlp_hidden = _quantize(mlp_hidden, precision.mlp_hidden, mlp["down"], hadamard=precision.hidden_hadamard)
     y = _linear(mlp["down"], mlp_hidden)
     x = x + _branch(block_params, config, "mlp", y)
 
@@ -300,11 +297,18 @@ def _check_taps(taps: Sequence[str]) -> None:
         raise InputError(f"unknown taps {sorted(unknown)}; there are {', '.join(_ALL_TAPS)}")
 
 
-def _quantize(x: jax.Array, grid: ActivationGrid | None, reader: Params) -> jax.Array | QActivation:
-    """Integers where the linear that reads `x` has some too, otherwise values that pass gradients on."""
-    if grid is None or _is_array(reader["kernel"]):
-        return _fake_quantize(x, grid)
-    return QActivation.of(x, grid)
+def _quantize(
+    x: jax.Array, grid: ActivationGrid | None, reader: Params, *, hadamard: int = 0
+) -> jax.Array | QActivation:
+    """Integers where the linear that reads `x` has some too, otherwise values that pass gradients on.
+
+    First blocks of `hadamard` channels are transformed, if it is not 0.
+    """
+    if grid is not None and not _is_array(reader["kernel"]):
+        return QActivation.of(x, grid, hadamard=hadamard)
+    if hadamard:
+        x = hadamard_transform(x.reshape(*x.shape[:-1], -1, hadamard)).reshape(x.shape)
+    return _fake_quantize(x, grid)
 
 
 def _fake_quantize(x: jax.Array, grid: ActivationGrid | None) -> jax.Array:

@@ -11,11 +11,13 @@ import pytest
 from small_model import run
 from tiny_families import tiny_config, tiny_params, tiny_tokens
 
+from jaxquant.kernels import use_backend
+from jaxquant.kernels.hadamard import cpu
 from jaxquant.linalg import hadamard
 from jaxquant.models import ModelConfig, Precision
 from jaxquant.models.cache import init_cache
-from jaxquant.models.decoder import block
-from jaxquant.quant import ActivationGrid
+from jaxquant.models.decoder import block, forward
+from jaxquant.quant import ActivationGrid, Grid, quantize
 
 GRID = ActivationGrid(bits=4, group_size=16)
 HEADS = ActivationGrid(bits=4)
@@ -72,6 +74,32 @@ def test_decoding_with_a_cache_equals_the_whole_text(llama):
         out = run(params, config, tokens[:, start:stop], cache=cache)
         cache, parts = out.cache, [*parts, out.logits]
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-3)
+
+
+def test_packed_readers_get_integers_of_the_transformed(llama):
+    """In one call where there is a kernel; all backends and the values that dense readers get agree."""
+    params, config, tokens = llama
+    grid = ActivationGrid(bits=8, group_size=16)
+    config = with_precision(config, mlp_hidden=grid, hidden_hadamard=16)
+    mlp = dict(params["blocks"]["mlp"])
+    down = jax.vmap(lambda w: quantize(w, Grid(bits=8, group_size=16)))(jnp.asarray(mlp["down"]["kernel"]))
+
+    def logits(kernel):
+        blocks = params["blocks"] | {"mlp": mlp | {"down": mlp["down"] | {"kernel": kernel}}}
+        return forward(params | {"blocks": blocks}, config, tokens).logits
+
+    by_integers = jax.jit(logits)
+    shape = jax.ShapeDtypeStruct((1, 48), jnp.float32)
+    target = "jaxquant_hadamard_quantize"
+    assert (target in by_integers.lower(down).as_text()) == (
+        not cpu.KERNEL.refuses(shape, grid=grid, block=16)
+    )
+    with use_backend("portable"):
+        assert target not in by_integers.lower(down).as_text()
+        portable = by_integers(down)
+    expected = logits(jax.vmap(lambda q: q.dequantize())(down))
+    for ours in (by_integers(down), portable):
+        np.testing.assert_allclose(ours, expected, atol=0.01 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.slow
