@@ -1,0 +1,29 @@
+"""The real TPU compilers take the transform that quantizes, and nothing transformed is in memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = "aot_hadamard.py"
+
+
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+def test_memory_is_that_of_x_and_codes(chip, compiled):
+    rows = [row for row in compiled(SCRIPT, chip) if row["how"] == "pallas"]
+    assert {row["block"] for row in rows} == {64, 1536, 14336, 28672}
+    for row in rows:
+        assert row["calls"] == 1, row
+        # v5p copies scales and offsets, whose rows are whole registers.
+        width = 128 * math.ceil(row["channels"] / row["group"] / 128)
+        assert row["temp_bytes"] < 1.1 * 2 * 4 * row["tokens"] * width, row
+
+
+def test_the_portable_implementation_writes_the_transformed(compiled):
+    """Why there is a kernel."""
+    rows = [row for row in compiled(SCRIPT, "v6e") if row["how"] == "portable"]
+    assert rows
+    assert all(row["temp_bytes"] >= row["float32_bytes"] for row in rows)
