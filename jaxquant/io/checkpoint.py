@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.errors import InputError, UsageError
+from jaxquant.io.source import adopt, aligned, fill
 from jaxquant.models.config import LINEARS, ModelConfig
 from jaxquant.quant import Grid, MixedQArray, Packed, QArray, QStack, is_packed
 from jaxquant.quant.mixed import layout
@@ -162,16 +163,29 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     """
     config = finished_config(folder)
     outer = jax.tree.map(jnp.asarray, load_outer(folder))
-    blocks, trees = [], set()
-    for index in range(config.num_layers):
-        leaves, tree = jax.tree.flatten(load_block(folder, index)[0], is_leaf=is_packed)
-        blocks.append(leaves)
-        trees.add(tree)
-    if len(trees) > 1:
-        raise InputError(f"{folder}: blocks differ in their parameters and cannot be stacked")
-    # Taken out of the blocks one by one, so that no more than one kernel is held twice.
-    stacked = [_stacked(folder, [leaves.pop(0) for leaves in blocks]) for _ in range(tree.num_leaves)]
-    return {**outer, "blocks": jax.tree.unflatten(tree, stacked)}, config
+    layers, tree = config.num_layers, None
+    stacks: list[Any] = []
+    for index in range(layers):
+        leaves, own_tree = jax.tree.flatten(load_block(folder, index)[0], is_leaf=is_packed)
+        if tree is None:
+            # Blocks are read into the result, so that there is never much more than it.
+            stacks = [jax.tree.map(lambda a: aligned((layers, *a.shape), a.dtype), leaf) for leaf in leaves]
+            tree, layouts = own_tree, [layout(leaf) for leaf in leaves]
+        elif own_tree != tree:
+            raise InputError(f"{folder}: blocks differ in their parameters and cannot be stacked")
+        for place, (leaf, first) in enumerate(zip(leaves, layouts, strict=True)):
+            stack = stacks[place]
+            if not isinstance(stack, list) and layout(leaf) != first:
+                stack = stacks[place] = [_layer(stack, before) for before in range(index)]
+            if isinstance(stack, list):
+                stack.append(leaf)
+            else:
+                jax.tree.map(lambda whole, own: fill(whole[index, ...], own), stack, leaf)  # noqa: B023
+    assert tree is not None
+    return {
+        **outer,
+        "blocks": jax.tree.unflatten(tree, [_stacked(folder, stack) for stack in stacks]),
+    }, config
 
 
 def disk_bytes(folder: Path) -> int:
@@ -235,13 +249,17 @@ def _put_together(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> Any:
     return QArray(**leaves, grid=Grid(**facts["grid"]), shape=(facts["shape"][0], facts["shape"][1]))
 
 
-def _stacked(folder: Path, layers: list[Any]) -> Any:
-    """Equal leaves of all blocks on axis 0; packed kernels that differ as a `QStack`."""
-    if len({layout(layer) for layer in layers}) == 1:
-        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *layers)
-    if not any(map(is_packed, layers)):
+def _layer(stack: Any, index: int) -> Any:
+    return jax.tree.map(lambda whole: whole[index, ...].copy(), stack)
+
+
+def _stacked(folder: Path, stack: Any) -> Any:
+    """Equal leaves of all blocks as they are; packed kernels that differ as a `QStack`."""
+    if not isinstance(stack, list):
+        return jax.tree.map(adopt, stack)
+    if not any(map(is_packed, stack)):
         raise InputError(f"{folder}: parameters of the blocks differ in shape or dtype and cannot be stacked")
-    return QStack.of(layers)
+    return QStack.of(stack)
 
 
 def _numpy(tree: Any) -> Any:

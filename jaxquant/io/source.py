@@ -91,33 +91,34 @@ def load_params(source: Source, dtype: str | None = None) -> dict[str, Any]:
     """
     # The outer tree first: its large embedding exists twice for a moment, when little else does.
     outer = source.outer()
-    params = {name: _adopt(_copy(outer.pop(name), dtype)) for name in list(outer)}
+    params = {name: adopt(_copy(outer.pop(name), dtype)) for name in list(outer)}
     layers = source.config.num_layers
     block = source.block(0)
-    stacked = jax.tree.map(lambda leaf: _aligned((layers, *leaf.shape), dtype or leaf.dtype), block)
+    stacked = jax.tree.map(lambda leaf: aligned((layers, *leaf.shape), dtype or leaf.dtype), block)
     for index in range(layers):
         block = block if index == 0 else source.block(index)
         # With the ellipsis a scalar of each block is a view, too.
-        jax.tree.map(lambda whole, leaf: _fill(whole[index, ...], leaf), stacked, block)  # noqa: B023
-    return {**params, "blocks": jax.tree.map(_adopt, stacked)}
+        jax.tree.map(lambda whole, leaf: fill(whole[index, ...], leaf), stacked, block)  # noqa: B023
+    return {**params, "blocks": jax.tree.map(adopt, stacked)}
 
 
 def _copy(leaf: np.ndarray, dtype: str | None) -> np.ndarray:
-    out = _aligned(leaf.shape, dtype or leaf.dtype)
-    _fill(out, leaf)
+    out = aligned(leaf.shape, dtype or leaf.dtype)
+    fill(out, leaf)
     return out
 
 
-def _fill(out: np.ndarray, leaf: np.ndarray) -> None:
+def fill(out: np.ndarray, leaf: np.ndarray) -> None:
+    """Copies, with any cast."""
     np.copyto(out, leaf, casting="unsafe")
 
 
-def _adopt(leaf: np.ndarray) -> jax.Array:
+def adopt(leaf: np.ndarray) -> jax.Array:
     """`leaf` as a JAX array without a copy on CPU; nobody else may hold it."""
     return jax.device_put(leaf, may_alias=True)
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An empty array whose address is a multiple of 64, as XLA on CPU needs it to share memory."""
     dtype = np.dtype(jax.numpy.dtype(dtype))
     size = prod(shape) * dtype.itemsize
