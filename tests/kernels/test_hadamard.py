@@ -80,7 +80,10 @@ def test_activations_are_those_of_the_transformed(dtype):
         q = jax.jit(lambda x: QActivation.of(x, grid, hadamard=96))(x)
     check((q.codes, q.scale, q.lo), x, grid, 96)
     assert q.values.dtype == dtype
-    np.testing.assert_array_equal(q.values, grid.dequantize(q.codes, q.scale, q.lo, dtype))
+    # One program may contract a product and a sum, and the other may not.
+    expected = grid.dequantize(q.codes, q.scale, q.lo, jnp.float32)
+    ulp = float(jnp.finfo(dtype).eps) * float(abs(expected).max())
+    np.testing.assert_allclose(q.values.astype(jnp.float32), expected, atol=2 * ulp)
 
 
 @pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
