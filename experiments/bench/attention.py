@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp
-from decode import interleaved, run_jax
+from decode import interleaved, run_jax, write_report
 
-from jaxquant.folder import versions
 from jaxquant.kernels.cache_attention import cache_attention
 from jaxquant.models.attention import attention
 from jaxquant.quant import ActivationGrid, PackedHeads
@@ -80,18 +77,12 @@ def main() -> None:
         cases[name] = {"shape": shape, "bytes": nbytes, "share_of_bfloat16": share, "times": times}
         told = (f"{side} {r['milliseconds']:.3f} ms ({r['ratio']:.2f}x)" for side, r in times.items())
         print(f"{name}: {share:.1%} of the bytes in bfloat16; {', '.join(told)}", flush=True)
-    report = {
-        "setting": {"grid": f"{GRID}, {GRID.scale_dtype}", "places": PLACES, "repeats": args.repeats},
-        "versions": versions(),
-        "machine": {
-            "processor": platform.machine(), "cpus": os.cpu_count(),
-            "load": {"before": before, "after": os.getloadavg()},
-            "note": "a load above the number of CPUs means that others worked beside: trust ratios only",
-        },
-        "cases": cases,
-    }  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(
+        args.out,
+        {"grid": f"{GRID}, {GRID.scale_dtype}", "places": PLACES, "repeats": args.repeats},
+        cases,
+        before,
+    )
 
 
 if __name__ == "__main__":

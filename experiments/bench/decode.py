@@ -21,7 +21,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,26 @@ def interleaved(
         }
         for name, own in seconds.items()
     }
+
+
+def write_report(
+    out: Path,
+    setting: dict[str, Any],
+    cases: dict[str, Any],
+    before: tuple[float, ...],
+    *,
+    peers: Iterable[str] = (),
+) -> None:
+    """Cases, what they ran with, and the load `before` them and now: above 1 a CPU, others worked too."""
+    load = {"before": before, "after": os.getloadavg()}
+    report = {
+        "setting": setting,
+        "versions": versions() | {name: importlib.metadata.version(name) for name in peers},
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "load": load},
+        "cases": cases,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def run_jax(f: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
@@ -210,21 +230,15 @@ def main() -> None:
     cases["the head of a SmolLM2-135M"] = head_sides
     for name, length in (("a token", 1), (f"{PROMPT} tokens", PROMPT)):
         cases[f"{name} of a SmolLM2-135M"] = functools.partial(model_sides, length, args.gguf, args.threads)
-    results = {}
+    before, results = os.getloadavg(), {}
     for name, sides in cases.items():
         results[name] = interleaved(sides(), args.repeats)
         times = (
             f"{side} {r['milliseconds']:.3f} ms ({r['ratio']:.2f}x)" for side, r in results[name].items()
         )
         print(f"{name}: {', '.join(times)}", flush=True)
-    report = {
-        "setting": {"grid": str(GRID), "repeats": args.repeats, "threads_of_peers": args.threads},
-        "versions": versions() | {name: importlib.metadata.version(name) for name in peers},
-        "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg()},
-        "cases": results,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    setting = {"grid": str(GRID), "repeats": args.repeats, "threads_of_peers": args.threads}
+    write_report(args.out, setting, results, before, peers=peers)
 
 
 if __name__ == "__main__":

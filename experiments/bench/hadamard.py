@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-from decode import interleaved, run_jax
+from decode import interleaved, run_jax, write_report
 
-from jaxquant.folder import versions
 from jaxquant.kernels.hadamard import hadamard_quantize
 from jaxquant.linalg import hadamard_transform
 from jaxquant.quant import ActivationGrid
@@ -60,17 +57,7 @@ def main() -> None:
                 told = (f"{times[side]['milliseconds']:.3g}" for side in ("transform", BASE, "kernel"))
                 row = [f"{n}, {size or n}, {rows}", *told, f"{times['kernel']['ratio']:.1f}"]
                 print(f"| {' | '.join(row)} |", flush=True)
-    report = {
-        "setting": {"bits": 4, "dtype": "float32", "repeats": args.repeats},
-        "versions": versions(),
-        "machine": {
-            "processor": platform.machine(), "cpus": os.cpu_count(),
-            "load": {"before": before, "after": os.getloadavg()},
-            "note": "a load above the number of CPUs means that others worked beside: trust ratios only",
-        },
-        "cases": cases,
-    }  # fmt: skip
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args.out, {"bits": 4, "dtype": "float32", "repeats": args.repeats}, cases, before)
 
 
 if __name__ == "__main__":

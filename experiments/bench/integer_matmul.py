@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from decode import interleaved, run_jax
+from decode import interleaved, run_jax, write_report
 
-from jaxquant.folder import versions
 from jaxquant.kernels.dequant_matmul import dequant_matmul
 from jaxquant.kernels.integer_matmul import integer_matmul
 from jaxquant.quant import ActivationGrid, Grid, QActivation, quantize
@@ -54,7 +51,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    results = {}
+    before, results = os.getloadavg(), {}
     for inputs, outputs in LINEARS:
         for rows in ROWS:
             name = f"{inputs}x{outputs}, {rows} rows"
@@ -63,13 +60,7 @@ def main() -> None:
                 f"{side} {r['milliseconds']:.3f} ms ({r['ratio']:.2f}x)" for side, r in results[name].items()
             )
             print(f"{name}: {', '.join(times)}", flush=True)
-    report = {
-        "setting": {"grid": str(GRID), "repeats": args.repeats},
-        "versions": versions(),
-        "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg()},
-        "cases": results,
-    }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args.out, {"grid": str(GRID), "repeats": args.repeats}, results, before)
 
 
 if __name__ == "__main__":
