@@ -1,4 +1,4 @@
-"""Text generation with the key/value cache: greedy, or sampled at a temperature, or of many texts at once."""
+"""Text generation with the key/value cache: one text, greedy or sampled, or many side by side."""
 
 from __future__ import annotations
 
@@ -99,16 +99,8 @@ def generate_batch(
         batch, order = order[:count], order[count:]
         # As many rows in the last batch as in the others: one program less to compile.
         missing = count - len(batch) if results else 0
-        own = _continue_all(
-            params,
-            config,
-            [rows[i] for i in batch + batch[:1] * missing],
-            size,
-            len(batch),
-            max_tokens,
-            until,
-        )
-        results |= zip(batch, own, strict=False)
+        filled = [rows[i] for i in batch + batch[:1] * missing]
+        results |= zip(batch, _continue_all(params, config, filled, size, max_tokens, until), strict=False)
         if progress is not None:
             progress(len(results), len(rows))
     return [results[i] for i in range(len(rows))]
@@ -119,11 +111,10 @@ def _continue_all(
     config: ModelConfig,
     prompts: list[np.ndarray],
     size: int,
-    wanted: int,
     max_tokens: int,
     until: Callable[[list[int]], bool] | None,
 ) -> list[list[int]]:
-    """Continuations of the first `wanted` prompts, the longest first; the others only fill the batch."""
+    """Continuations of all prompts, the first of which is the longest, with caches of `size` places."""
     single = init_cache(config, 1, size)
     caches = jax.tree.map(lambda leaf: jnp.zeros((len(prompts), *leaf.shape), leaf.dtype), single)
     lengths = np.asarray([len(prompt) for prompt in prompts])
@@ -137,7 +128,7 @@ def _continue_all(
         read, caches = _advance_all(params, config, tokens, counts, caches)
         hidden = read if hidden is None else jnp.where(counts[:, None] > 0, read, hidden)
     generated: list[list[int]] = [[] for _ in prompts]
-    active, ones = set(range(wanted)), np.ones(len(prompts), np.int32)
+    active, ones = set(range(len(prompts))), np.ones(len(prompts), np.int32)
     for left in reversed(range(max_tokens)):
         chosen = np.asarray(_most_probable(params, config, hidden))
         for i in tuple(active):
@@ -149,7 +140,7 @@ def _continue_all(
         if not active or not left:
             break
         hidden, caches = _advance_all(params, config, chosen[:, None, None], ones, caches)
-    return generated[:wanted]
+    return generated
 
 
 def _checked(name: str, tokens: Sequence[int], config: ModelConfig, max_tokens: int) -> np.ndarray:

@@ -163,29 +163,25 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     """
     config = finished_config(folder)
     outer = jax.tree.map(jnp.asarray, load_outer(folder))
-    layers, tree = config.num_layers, None
-    stacks: list[Any] = []
+    layers = config.num_layers
+    first, tree = _leaves(folder, 0)
+    # Blocks are read into the result, so that there is never much more than it.
+    stacks: list[Any] = [jax.tree.map(lambda a: aligned((layers, *a.shape), a.dtype), leaf) for leaf in first]
+    layouts = [layout(leaf) for leaf in first]
     for index in range(layers):
-        leaves, own_tree = jax.tree.flatten(load_block(folder, index)[0], is_leaf=is_packed)
-        if tree is None:
-            # Blocks are read into the result, so that there is never much more than it.
-            stacks = [jax.tree.map(lambda a: aligned((layers, *a.shape), a.dtype), leaf) for leaf in leaves]
-            tree, layouts = own_tree, [layout(leaf) for leaf in leaves]
-        elif own_tree != tree:
+        leaves, own_tree = (first, tree) if index == 0 else _leaves(folder, index)
+        if own_tree != tree:
             raise InputError(f"{folder}: blocks differ in their parameters and cannot be stacked")
-        for place, (leaf, first) in enumerate(zip(leaves, layouts, strict=True)):
+        for place, leaf in enumerate(leaves):
             stack = stacks[place]
-            if not isinstance(stack, list) and layout(leaf) != first:
+            if not isinstance(stack, list) and layout(leaf) != layouts[place]:
                 stack = stacks[place] = [_layer(stack, before) for before in range(index)]
             if isinstance(stack, list):
                 stack.append(leaf)
             else:
                 jax.tree.map(lambda whole, own: fill(whole[index, ...], own), stack, leaf)  # noqa: B023
-    assert tree is not None
-    return {
-        **outer,
-        "blocks": jax.tree.unflatten(tree, [_stacked(folder, stack) for stack in stacks]),
-    }, config
+    blocks = jax.tree.unflatten(tree, [_stacked(folder, stack) for stack in stacks])
+    return {**outer, "blocks": blocks}, config
 
 
 def disk_bytes(folder: Path) -> int:
@@ -247,6 +243,10 @@ def _put_together(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> Any:
         return MixedQArray(parts=tuple(parts), order=arrays["order"])
     leaves: dict[str, Any] = {leaf: arrays.get(leaf) for leaf in _LEAVES}
     return QArray(**leaves, grid=Grid(**facts["grid"]), shape=(facts["shape"][0], facts["shape"][1]))
+
+
+def _leaves(folder: Path, index: int) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(load_block(folder, index)[0], is_leaf=is_packed)
 
 
 def _layer(stack: Any, index: int) -> Any:

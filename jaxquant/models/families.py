@@ -157,7 +157,7 @@ def to_hf(config: ModelConfig, dtype: Dtype) -> dict[str, Any]:
         "max_position_embeddings": config.max_position,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": config.bos_id,
-        "eos_token_id": list(config.eos_ids) if len(config.eos_ids) != 1 else config.eos_ids[0],
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
         "dtype": dtype,
         "hidden_activation" if gemma else "hidden_act": activation,
         "attention_bias": config.qkv_bias and config.family != "qwen2",
@@ -172,9 +172,10 @@ def to_hf(config: ModelConfig, dtype: Dtype) -> dict[str, Any]:
     if gemma:
         raw["query_pre_attn_scalar"] = int(scale) if scale == int(scale) else scale
     read = from_hf(raw)
-    own = {"dtype": dtype, "add_bos": read.add_bos, "precision": read.precision}
-    for name, value in dataclasses.asdict(dataclasses.replace(config, **own)).items():
-        if value != dataclasses.asdict(read)[name]:
+    meant = dataclasses.replace(config, dtype=dtype, add_bos=read.add_bos, precision=read.precision)
+    for field in dataclasses.fields(meant):
+        name, value = field.name, getattr(meant, field.name)
+        if value != getattr(read, name):
             raise InputError(
                 f"no config.json of {config.family} says {name} = {value!r}, as this model has it"
             )
