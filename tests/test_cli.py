@@ -44,18 +44,8 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("cli") / "q4"
-    arguments = [
-        "quantize",
-        "tiny",
-        "--recipe",
-        "gptq",
-        *SMALL,
-        "--calibration",
-        str(text),
-        "--out",
-        str(folder),
-        "--json",
-    ]
+    arguments = ["quantize", "tiny", "--recipe", "gptq", *SMALL, "--json"]
+    arguments += ["--calibration", str(text), "--out", str(folder)]
     # In this process, whose later commands run the same programs.
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stdout:
         patch.setattr(sys, "argv", ["jaxquant", *arguments])
@@ -180,6 +170,20 @@ def test_generate_is_deterministic(run, quantized):
     code, out, _ = run("generate", quantized[0], "--prompt", "The river", "--max-tokens", 4)
     assert code == 0
     assert out.startswith("The river")
+
+
+def test_export_writes_what_is_in_the_folder(run, quantized, tmp_path):
+    code, out, _ = run("export", quantized[0], "--out", tmp_path / "hf", "--json")
+    assert code == 0
+    result = json.loads(out)
+    written = (tmp_path / "hf" / "model-00001.safetensors").stat().st_size
+    assert 0 < written - result["bytes"] < 0.1 * written  # the header
+    assert list(result["schemes"].values()) == [21]
+    code, _, err = run("export", quantized[0], "--out", tmp_path / "hf")
+    assert (code, "exists; give another --out" in err) == (2, True)
+    code, out, _ = run("export", quantized[0], "--out", tmp_path / "again")
+    assert code == 0
+    assert "21 linears W" in out
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run, tmp_path):

@@ -139,7 +139,8 @@ def test_the_rounding_after_a_choice_sees_all_tokens(layer):
 
 
 @pytest.mark.parametrize(
-    "name", ["magr-gptq", "osaq-gptq", pytest.param("osaq-dagger", marks=pytest.mark.slow)]
+    "name",
+    ["magr-gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("osaq-gptq", "osaq-dagger"))],
 )
 def test_transforms_and_refinements_run_under_vmap(name, layer):
     weight, moments = layer

@@ -64,7 +64,7 @@ def test_8_bits_of_a_rotated_model_are_near_the_original(name, params, tokens, t
     assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) < 0.02
 
 
-@pytest.mark.parametrize("name", ["offq", "quarot"])
+@pytest.mark.parametrize("name", [pytest.param("offq", marks=pytest.mark.slow), "quarot"])
 def test_16_bits_are_the_rotated_model(name, params, tokens, tmp_path):
     recipe = named(f"{name}-w16a16kv16", GRID)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
@@ -155,6 +155,7 @@ def test_offq_beats_quarot_and_no_rotation_at_4_bits(params, tokens, tmp_path):
     assert errors["offq"] < 0.9 * errors["rtn"]
 
 
+@pytest.mark.slow
 def test_errors_are_those_on_quantized_activations(params, tokens, tmp_path):
     """The Hessian of a linear is that of inputs on a grid, coming from blocks that are quantized too."""
     grids = Precision(attn_in=ActivationGrid(bits=2, group_size=16))

@@ -37,7 +37,7 @@ def test_every_known_order_up_to_200_is_exact():
         assert_hadamard(n)
 
 
-@pytest.mark.parametrize("n", [576, 640, 896, 960, 1152, 1536])
+@pytest.mark.parametrize("n", [576, 640, 896, 960, 1152, pytest.param(1536, marks=pytest.mark.slow)])
 def test_orders_of_models_are_exact(n):
     assert_hadamard(n)
 

@@ -164,6 +164,7 @@ def test_a_packed_cache_predicts_what_the_forward_pass_does(reference, windows):
         assert tree.nodes[(token,)] == pytest.approx(first[token], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_windows_as_long_as_the_context(reference):
     windows = np.ones((1, reference[1].max_position), np.int32)
     result = smoothness_comparison(reference, reference, windows, jax.random.key(0), prompt=1000)

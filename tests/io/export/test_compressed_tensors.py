@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 
 from jaxquant.errors import InputError, UsageError
 from jaxquant.io import checkpoint, open_model
-from jaxquant.io.export import export_compressed_tensors
+from jaxquant.io.export import compressed_tensors, export_compressed_tensors
 from jaxquant.io.export.compressed_tensors import pack_dense
 from jaxquant.models.config import EXACT, Precision
 from jaxquant.models.families import block_names, from_hf
@@ -143,6 +144,47 @@ def test_what_the_format_cannot_say_is_refused(case, tmp_path):
     with pytest.raises(InputError, match=message):
         export_compressed_tensors(folder, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+def test_shards_are_written_as_they_fill(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path / "q", lambda path, shape: packed(GRID, shape))
+    export_compressed_tensors(folder, tmp_path / "one")
+    monkeypatch.setattr(compressed_tensors, "_SHARD_BYTES", 1)
+    export_compressed_tensors(folder, tmp_path / "many")
+    shards = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(shards) == 1 + CONFIG.num_layers
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())["weight_map"]
+    whole = load_file(tmp_path / "one" / "model-00001.safetensors")
+    assert whole.keys() == index.keys()
+    for shard in shards:
+        for name, tensor in load_file(shard).items():
+            assert index[name] == shard.name
+            np.testing.assert_array_equal(tensor, whole[name])
+
+
+@pytest.mark.parametrize("ends", [(), (5,), (5, 6)])
+def test_the_tokenizer_begins_and_ends_as_the_model(ends, tmp_path):
+    config = dataclasses.replace(CONFIG, bos_id=2, add_bos=True, eos_ids=ends)
+    folder = folder_of(tmp_path / "q", lambda path, shape: packed(GRID, shape), config)
+    export_compressed_tensors(folder, tmp_path / "hf")
+    assert Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json")).encode("w3").ids == [2, 3]
+    settings, generation = (
+        json.loads((tmp_path / "hf" / name).read_text())
+        for name in ("tokenizer_config.json", "generation_config.json")
+    )
+    assert (settings["bos_token"], settings.get("eos_token")) == ("w2", "w5" if ends else None)
+    expected = {(): {}, (5,): {"eos_token_id": 5}, (5, 6): {"eos_token_id": [5, 6]}}
+    assert generation == {"bos_token_id": 2, **expected[ends]}
+
+
+def test_parameters_without_a_name_are_refused(tmp_path):
+    folder = folder_of(tmp_path / "q", lambda path, shape: packed(GRID, shape))
+    params, _ = checkpoint.load_block(folder, 2)
+    params["attn"]["key_shift"] = np.zeros((2, 8), np.float32)
+    shutil.rmtree(folder / "blocks" / "002")
+    checkpoint.save_block(folder, 2, params, {})
+    with pytest.raises(InputError, match=r"model\.layers\.2\.attn\.key_shift has no place"):
+        export_compressed_tensors(folder, tmp_path / "hf")
 
 
 def test_wrong_use_is_refused(tmp_path):
