@@ -1,4 +1,4 @@
-"""The real TPU compilers take the kernel, and what it needs in memory is the packed cache."""
+"""The real compilers take the kernels, and what they need in memory is the packed cache."""
 
 from __future__ import annotations
 
@@ -31,3 +31,19 @@ def test_the_scan_copies_the_cache(compiled):
     rows = {row["how"]: row for row in compiled(SCRIPT, "v6e") if row["model"] == "8B" and row["bits"] == 4}
     for how in ("scan", "dequantized"):
         assert rows[how]["accessed_bytes"] > 5 * rows[how]["argument_bytes"]
+
+
+def test_the_gpu_holds_copies_of_scales_and_partial_sums(compiled):
+    """Partial sums are eight rows to a head of the cache and share of the places, in float32."""
+    rows = [row for row in compiled(SCRIPT, "H100") if row["how"] == "pallas"]
+    assert {row["bits"] for row in rows} == {2, 3, 4, 8}
+    for row in rows:
+        assert row["calls"] == 1, row
+        assert row["argument_bytes"] < 1.01 * row["packed_bytes"], row
+        assert row["temp_bytes"] < (0.12 if row["model"] == "SmolLM2" else 0.06) * row["bf16_bytes"], row
+
+
+def test_without_the_kernel_the_gpu_writes_much_of_the_cache(compiled):
+    rows = {row["how"]: row for row in compiled(SCRIPT, "H100") if row["model"] == "8B" and row["bits"] == 4}
+    for how in ("scan", "dequantized"):
+        assert rows[how]["temp_bytes"] > 0.3 * rows[how]["bf16_bytes"]

@@ -113,7 +113,7 @@ def test_runs_on_hopper_alone():
         ((2, 3, 1, 24, 64, 4), {}, "blocks that fill 64 or 128 inputs"),
         ((2, 2, 1, 32, 64, 3), {}, "fields of a multiple of 8 rows"),
         ((2, 2, 1, 64, 96, 4), {}, "outputs in multiples of 64"),
-        ((2, 2, 1, 64, 64, 4), {"dtype": jnp.float32}, "not float32 by uint8"),
+        ((2, 2, 1, 64, 64, 4), {"dtype": jnp.float32}, "float16 x, not float32"),
         ((2, 2, 1, 64, 64, 4), {"scale_dtype": jnp.bfloat16}, "not both float16 or float32"),
     ],
 )

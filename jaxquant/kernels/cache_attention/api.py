@@ -6,12 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxquant.errors import InputError
-from jaxquant.kernels.cache_attention import cpu, scan, tpu
+from jaxquant.kernels.cache_attention import cpu, gpu, scan, tpu
 from jaxquant.kernels.platform import Backend, by_platform
 from jaxquant.quant import PackedHeads
 from jaxquant.quant.packing import packed_rows
 
-_cache_attention = by_platform(scan.cache_attention, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL}, rows=9)
+_cache_attention = by_platform(
+    scan.cache_attention, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL, "cuda": gpu.KERNEL}, rows=9
+)
 
 
 def cache_attention(
@@ -35,9 +37,9 @@ def cache_attention(
       keys, values: `[batch, places, kv_heads, n]`, each on its own grid.
       start: place of the first query, one for all or one a row; `0 <= start <= places - tokens`.
       window: how many places a token sees, itself included, one for all or one a row; `None`: all.
-      backend: `"portable"` scans over chunks, everywhere; `"kernel"` is C++ on CPUs, Pallas on TPUs. `None`:
-        as `kernels.use_backend` says, else the kernel, where the program is lowered for such a platform and
-        it takes these arrays.
+      backend: `"portable"` scans over chunks, everywhere; `"kernel"` is C++ on CPUs, Pallas on TPUs and, for
+        bfloat16 and float16 `q`, on Hopper GPUs. `None`: as `kernels.use_backend` says, else the kernel,
+        where the program is lowered for such a device and it takes these arrays.
 
     Raises:
       InputError: heads that cannot share the heads of the cache, or other shapes that do not agree.

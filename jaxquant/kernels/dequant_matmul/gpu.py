@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +11,18 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, UInt8
 
+from jaxquant.kernels.mosaic_gpu import (
+    SWIZZLE,
+    codes_of,
+    refuses_words,
+    tiles_of,
+    unit_of,
+    without_hopper,
+    word_layout,
+)
 from jaxquant.kernels.platform import Kernel
-from jaxquant.quant.packing import planes
 
-# What the 132 multiprocessors of an H100 have: shared memory that a program may ask for (two share one while
-# there are few rows), programs that run at once.
-_SHARED_BYTES = 232448
-_PROGRAMS = 2 * 132
-# Rows of x up to which waiting for memory, not multiplying, takes the time.
-_DECODE_ROWS = 16
-_ROWS, _WIDTH = 128, 128
-# Bytes of a row of an operand of `wgmma` that lie together, swizzled against bank conflicts.
-_SWIZZLE = 128
-# Partial sums of a split contraction: the programs along it, and their rows in all.
-_SPLITS, _PARTIAL_ROWS = 8, 128
-
-
-class _Tiles(NamedTuple):
-    rows: int
-    out: int
-    blocks: int
-    splits: int
-    steps: int
+_ROWS = 128
 
 
 def dequant_matmul(
@@ -60,28 +49,34 @@ def dequant_matmul(
 
     rows, (blocks, depth, out), groups = x.shape[0], words.shape, scale.shape[0]
     per_group = blocks // groups
-    tiles = _tiles(rows, blocks, block, out, groups, bits, scale.dtype.itemsize)
+    tiles = tiles_of(
+        rows,
+        words.shape,
+        block,
+        groups,
+        bits,
+        largest=_ROWS,
+        itemsizes=(x.dtype.itemsize, scale.dtype.itemsize),
+    )
     width, y_dtype = tiles.blocks * block, x.dtype if tiles.splits == 1 else jnp.dtype(jnp.float32)
     grid = (tiles.splits, out // tiles.out, math.ceil(rows / tiles.rows))
     x = jnp.pad(x, ((0, grid[2] * tiles.rows - rows), (0, 0)))
     steps = blocks // tiles.blocks // tiles.splits
-    # 16 threads a row, each with four neighbors in all rows: a thread needs no other scales than its own.
-    tiling = plgpu.Tiling(((8, 64), (2, 64), (4,)))
-    layout = plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+    layout = word_layout(plgpu)
 
     def lay(a: Array, where: Any) -> Array:  # the interpreter has no registers
         return plgpu.layout_cast(a, where) if interpret is None else a
 
     def swizzled(dtype: Any) -> tuple[Any, ...]:
-        row = _SWIZZLE // jnp.dtype(dtype).itemsize
-        return plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(_SWIZZLE)
+        row = SWIZZLE // jnp.dtype(dtype).itemsize
+        return plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(SWIZZLE)
 
     def dequantize(b: int, words_ref: Any, scale_ref: Any, zero_ref: Any, weight_ref: Any) -> None:
         group = b // per_group if tiles.blocks > per_group else 0
         step, shift = (lay(ref[group], layout.reduce(0)).astype(jnp.float32) for ref in (scale_ref, zero_ref))
-        unit = _unit(bits, block)
+        unit = unit_of(bits, block)
         for start in range(0, block, unit):
-            codes = _codes(lambda a: lay(words_ref[b, a : a + unit], layout), start, bits, block)
+            codes = codes_of(lambda a: lay(words_ref[b, a : a + unit], layout), start, bits, block)
             step_rows, shift_rows = (
                 lay(jax.lax.broadcast_in_dim(a, codes.shape, (1,)), layout) for a in (step, shift)
             )
@@ -151,68 +146,11 @@ def dequant_matmul(
 
 
 def _refuses(x: Any, words: Any, scale: Any, zero: Any, *, bits: int, block: int) -> str:
-    if x.dtype not in (jnp.bfloat16, jnp.float16) or words.dtype != jnp.uint8:
-        return f"it multiplies bfloat16 or float16 by uint8 words, not {x.dtype} by {words.dtype}"
-    if scale.dtype != zero.dtype or scale.dtype not in (jnp.float16, jnp.float32):
-        return f"scales and zeros are {scale.dtype} and {zero.dtype}, not both float16 or float32"
-    blocks, _, out = words.shape
-    taken = min(x.shape[0], blocks, out) > 0 and out % 64 == 0
-    if not taken or _unit(bits, block) % 8 or not _blocks(blocks, block, scale.shape[0]):
-        return (
-            "it takes nonempty arrays, outputs in multiples of 64, and blocks that fill 64 or 128 inputs, "
-            f"with fields of a multiple of 8 rows, not {x.shape[0]} rows, {out} outputs and {blocks} blocks "
-            f"of {block} rows of {bits} bits"
-        )
-    return ""
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it multiplies bfloat16 or float16 x, not {x.dtype}"
+    if not x.shape[0]:
+        return "it takes nonempty x"
+    return refuses_words(words, scale, zero, bits=bits, block=block)
 
 
-def _lacks(device: Any) -> str:
-    # Blackwell has another instruction in place of `wgmma`, and earlier GPUs have none.
-    capability = str(device.compute_capability)
-    return "" if capability == "9.0" else f"it needs compute capability 9.0 (Hopper), not {capability}"
-
-
-KERNEL = Kernel(dequant_matmul, _refuses, _lacks)
-
-
-def _tiles(rows: int, blocks: int, block: int, out: int, groups: int, bits: int, itemsize: int) -> _Tiles:
-    tile_rows = min(_ROWS, max(8, 1 << (rows - 1).bit_length()))
-    tile_out = 128 if out % 128 == 0 else 64
-    tile_blocks = _blocks(blocks, block, groups)
-    programs, count = math.ceil(rows / tile_rows) * (out // tile_out), blocks // tile_blocks
-    splits = max(
-        d
-        for d in range(1, _SPLITS + 1)
-        if count % d == 0 and (d == 1 or (d * programs <= _PROGRAMS and d * tile_rows <= _PARTIAL_ROWS))
-    )
-    width = tile_blocks * block
-    # Two rooms for the weight, y, and barriers; then in each step words, x, scales and zeros.
-    kept = 4 * width * tile_out + (4 if splits > 1 else 2) * tile_rows * tile_out + 1024
-    own_groups = max(1, tile_blocks * groups // blocks)
-    step = width * tile_out * bits // 8 + 2 * width * tile_rows + 2 * itemsize * own_groups * tile_out
-    room = _SHARED_BYTES // (2 if tile_rows <= _DECODE_ROWS else 1)
-    return _Tiles(tile_rows, tile_out, tile_blocks, splits, min(4, max(2, (room - kept) // step)))
-
-
-def _blocks(blocks: int, block: int, groups: int) -> int:
-    """The most blocks that divide all, and groups or are divided by them, of 64 or 128 rows; 0: none are."""
-    per_group = blocks // groups
-    fitting = [d for d in range(1, _WIDTH // block + 1) if blocks % d == 0 and d * block % 64 == 0]
-    return max((d for d in fitting if d % per_group == 0 or per_group % d == 0), default=0)
-
-
-def _unit(bits: int, block: int) -> int:
-    """Rows whose codes lie in one field of every plane."""
-    return block * min(planes(bits)) // 8
-
-
-def _codes(load: Any, start: int, bits: int, block: int) -> Array:
-    """The int32 codes of a unit of rows from `start`, given what loads as many words."""
-    fields, first, shift = [], 0, 0
-    for plane in planes(bits):
-        depth = block * plane // 8
-        place, offset = divmod(start, depth)
-        part = load(first + offset).astype(jnp.int32)
-        fields.append(((part >> (place * plane)) & (2**plane - 1)) << shift)
-        first, shift = first + depth, shift + plane
-    return functools.reduce(jnp.bitwise_or, fields)
+KERNEL = Kernel(dequant_matmul, _refuses, without_hopper)

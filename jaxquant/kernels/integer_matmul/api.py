@@ -5,11 +5,13 @@ from __future__ import annotations
 from jaxtyping import Array, Float, UInt, UInt8
 
 from jaxquant.errors import InputError
-from jaxquant.kernels.integer_matmul import cpu, scan, tpu
+from jaxquant.kernels.integer_matmul import cpu, gpu, scan, tpu
 from jaxquant.kernels.platform import Backend, by_platform
 from jaxquant.quant.packing import check_packed
 
-_integer_matmul = by_platform(scan.integer_matmul, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL}, rows=3)
+_integer_matmul = by_platform(
+    scan.integer_matmul, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL, "cuda": gpu.KERNEL}, rows=3
+)
 
 
 def integer_matmul(
@@ -38,8 +40,9 @@ def integer_matmul(
       scale, zero: one row per group; the rows of a group are a whole number of blocks.
       x_bits, bits: 1 to 8.
       block: input rows in one packed block.
-      backend: `"portable"` scans over blocks, everywhere; `"kernel"` is C++ on CPUs, Pallas on TPUs. `None`:
-        as `kernels.use_backend` says, else the kernel, where the program is lowered for such a device and it
+      backend: `"portable"` scans over blocks, everywhere; `"kernel"` is C++ on CPUs, Pallas on TPUs and on
+        Hopper GPUs (which multiply in bfloat16 and add up in float32, exactly as well). `None`: as
+        `kernels.use_backend` says, else the kernel, where the program is lowered for such a device and it
         takes these arrays.
 
     Raises:

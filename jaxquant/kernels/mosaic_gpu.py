@@ -1,0 +1,129 @@
+"""What Pallas kernels for GPUs share: what Hopper has, and codes from packed words."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxquant.quant.packing import planes
+
+#: Bytes of shared memory that a program may ask for on an H100.
+HOPPER = 232448
+#: Bytes of a row of an operand of `wgmma` that lie together, swizzled against bank conflicts.
+SWIZZLE = 128
+#: Programs at once on its 132 multiprocessors, two on each.
+PROGRAMS = 2 * 132
+
+
+# Rows of x up to which waiting for memory takes the time, so that two programs share a multiprocessor.
+_DECODE_ROWS = 16
+# Partial sums of a split contraction: the programs along it, and their rows in all.
+_SPLITS, _PARTIAL_ROWS = 8, 128
+
+
+class Tiles(NamedTuple):
+    """Of a product: rows, outputs, blocks of a step; programs along the inputs; steps in memory at once."""
+
+    rows: int
+    out: int
+    blocks: int
+    splits: int
+    steps: int
+
+
+def without_hopper(device: Any) -> str:
+    """Why the device does not run kernels for Hopper; "" where it does."""
+    # Blackwell has another instruction in place of `wgmma`, and earlier GPUs have none.
+    capability = str(device.compute_capability)
+    return "" if capability == "9.0" else f"it needs compute capability 9.0 (Hopper), not {capability}"
+
+
+def refuses_words(words: Any, scale: Any, zero: Any, *, bits: int, block: int) -> str:
+    """Why products do not take a packed weight of these avals; "" where they do."""
+    if words.dtype != jnp.uint8:
+        return f"words are {words.dtype}, not uint8"
+    if scale.dtype != zero.dtype or scale.dtype not in (jnp.float16, jnp.float32):
+        return f"scales and zeros are {scale.dtype} and {zero.dtype}, not both float16 or float32"
+    blocks, _, out = words.shape
+    taken = min(blocks, out) > 0 and out % 64 == 0 and unit_of(bits, block) % 8 == 0
+    if not taken or not blocks_of(blocks, block, scale.shape[0]):
+        return (
+            "it takes outputs in multiples of 64, and blocks that fill 64 or 128 inputs, with fields of a "
+            f"multiple of 8 rows, not {out} outputs and {blocks} blocks of {block} rows of {bits} bits"
+        )
+    return ""
+
+
+def word_layout(plgpu: Any) -> Any:
+    """Of words `[inputs, outputs]`: 16 threads a row, each with four neighbors in all rows.
+
+    A thread needs no other scales than its own.
+    """
+    tiling = plgpu.Tiling(((8, 64), (2, 64), (4,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def blocks_of(blocks: int, block: int, groups: int) -> int:
+    """The most blocks that divide all, and groups or are divided by them, of 64 or 128 rows; 0: none are."""
+    per_group = blocks // groups
+    fitting = [d for d in range(1, 128 // block + 1) if blocks % d == 0 and d * block % 64 == 0]
+    return max((d for d in fitting if d % per_group == 0 or per_group % d == 0), default=0)
+
+
+def unit_of(bits: int, block: int) -> int:
+    """Codes next to each other that lie in one field of every plane."""
+    return block * min(planes(bits)) // 8
+
+
+def codes_of(load: Callable[[int], Array], start: int, bits: int, block: int) -> Array:
+    """The int32 codes of a unit from `start` of a block, given what loads as many words from a place."""
+    fields, first, shift = [], 0, 0
+    for plane in planes(bits):
+        depth = block * plane // 8
+        place, offset = divmod(start, depth)
+        part = load(first + offset).astype(jnp.int32)
+        fields.append(((part >> (place * plane)) & (2**plane - 1)) << shift)
+        first, shift = first + depth, shift + plane
+    return functools.reduce(jnp.bitwise_or, fields)
+
+
+def tiles_of(
+    rows: int,
+    words: tuple[int, ...],
+    block: int,
+    groups: int,
+    bits: int,
+    *,
+    largest: int,
+    itemsizes: tuple[int, int],
+    row_bytes: int = 0,
+) -> Tiles:
+    """Tiles of `rows` of x, up to `largest`, and of words `[blocks, words, out]`.
+
+    Args:
+      itemsizes: bytes of a result where inputs are not divided, and of a scale.
+      row_bytes: what a step reads for a row beside its inputs.
+    """
+    blocks, _, out = words
+    tile_rows = min(largest, max(8, 1 << (rows - 1).bit_length()))
+    tile_out = 128 if out % 128 == 0 else 64
+    tile_blocks = blocks_of(blocks, block, groups)
+    programs, count = math.ceil(rows / tile_rows) * (out // tile_out), blocks // tile_blocks
+    splits = max(
+        d
+        for d in range(1, _SPLITS + 1)
+        if count % d == 0 and (d == 1 or (d * programs <= PROGRAMS and d * tile_rows <= _PARTIAL_ROWS))
+    )
+    width = tile_blocks * block
+    # Two rooms for the weight, y, and barriers; then in each step words, x, scales and zeros.
+    kept = 4 * width * tile_out + (4 if splits > 1 else itemsizes[0]) * tile_rows * tile_out + 1024
+    own_groups = max(1, tile_blocks * groups // blocks)
+    step = width * tile_out * bits // 8 + (2 * width + row_bytes) * tile_rows
+    step += 2 * itemsizes[1] * own_groups * tile_out
+    room = HOPPER // (2 if tile_rows <= _DECODE_ROWS else 1)
+    return Tiles(tile_rows, tile_out, tile_blocks, splits, min(4, max(2, (room - kept) // step)))
