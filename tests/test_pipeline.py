@@ -135,11 +135,11 @@ def test_reload_is_bit_exact_and_runs(finished, tokens):
     named("rtn", GRID),
     named("gptq", GRID, true_sequential=True),
     named("gptq", Grid(bits=4, symmetric=True)),
-    chain(AWQ(objective="block", steps=4), RTN(), grid=GRID),
     chain(GPTQ(), grid=GRID, hessian="fisher", mask="first"),
     *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in (
         named("gptq", GRID, gptq=GPTQ(groups="dynamic")),
         named("awq-gptq", GRID),
+        chain(AWQ(objective="block", steps=4), RTN(), grid=GRID),
         named("osaq-dagger", GRID),
         named("osaq-gptq-fine", GRID),
         chain(AWQ(), GPTQ(), Tune(steps=4), grid=GRID),

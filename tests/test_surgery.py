@@ -64,7 +64,8 @@ def test_8_bits_of_a_rotated_model_are_near_the_original(name, params, tokens, t
     assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) < 0.02
 
 
-@pytest.mark.parametrize("name", [pytest.param("offq", marks=pytest.mark.slow), "quarot"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["offq", "quarot"])
 def test_16_bits_are_the_rotated_model(name, params, tokens, tmp_path):
     recipe = named(f"{name}-w16a16kv16", GRID)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
@@ -224,6 +225,7 @@ def test_nothing_is_learned_where_nothing_is_quantized(params, tokens):
     np.testing.assert_array_equal(rotations.residual, quarot(CONFIG, 3).residual)
 
 
+@pytest.mark.slow
 def test_learned_rotations_are_learned_once(params, tokens, tmp_path, monkeypatch):
     config, surgery = named("spinquant-w8a4kv4", GRID).runtime(CONFIG), SpinQuant(steps=1)
     first = operate(MemorySource(params), surgery, config, tokens, keep=tmp_path / "r.npz")

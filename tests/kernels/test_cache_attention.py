@@ -61,7 +61,7 @@ def test_equals_float64(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("backend", ["portable", "kernel"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(drawn=problems())
 def test_any_shape_equals_float64(drawn, dtype, backend):
     skip_without_kernel(backend)

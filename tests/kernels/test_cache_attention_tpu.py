@@ -31,7 +31,7 @@ def check(q, k, v, start, window, interpret):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(drawn=problems())
 def test_equals_float64(drawn, dtype):
     (q, *cache), window = drawn

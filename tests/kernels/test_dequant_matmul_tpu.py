@@ -37,7 +37,7 @@ def assert_close(y, x, words, scale, zero, *, bits, block):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     rows=st.integers(1, 40),
     groups=st.integers(1, 20),

@@ -32,7 +32,7 @@ def test_tiles_and_races(case, hardware, monkeypatch):
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     shape=st.sampled_from([*SHAPES.values(), (3, 128, 2, 16), (2, 7168, 7168, 7168)]),
     grid=st.sampled_from(GRIDS),

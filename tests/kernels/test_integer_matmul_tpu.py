@@ -40,7 +40,7 @@ def test_tiles_and_races(case, hardware):
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     data=st.data(),
     rows=st.integers(1, 40),

@@ -78,7 +78,7 @@ def test_the_matrix_cannot_be_overwritten():
         hadamard(4)[0, 0] = 0
 
 
-@pytest.mark.parametrize("n", [1, 2, 8, 12, 52, 128, 576, 1536, 7168])
+@pytest.mark.parametrize("n", [1, 2, 8, 12, 52, 128, 576, 1536, pytest.param(7168, marks=pytest.mark.slow)])
 def test_the_fast_transform_is_the_product(n):
     x = np.random.default_rng(n).standard_normal((3, 5, n))
     expected = x @ hadamard(n).astype(float) / n**0.5

@@ -119,12 +119,10 @@ def test_it_is_never_below_the_optimum_and_often_there(descend):
         for seed in range(12):
             problem, start, outputs = layer(3, 2, 2, seed=seed)
             found = descend(problem, start, outputs, strength=0.3, sweeps=6)
-            grids = start.scale, start.zero, jnp.float64
-            every = [
-                problem.grid.dequantize(jnp.asarray(np.reshape(codes, (3, 2)), jnp.uint8), *grids)
-                for codes in itertools.product(range(4), repeat=6)
-            ]
-            best = min(objective(values, problem, outputs, 0.3, descend) for values in every)
+            codes = jnp.asarray(list(itertools.product(range(4), repeat=6)), jnp.uint8).reshape(-1, 3, 2)
+            stacked = (jnp.broadcast_to(a, (len(codes), *a.shape)) for a in (start.scale, start.zero))
+            every = problem.grid.dequantize(codes, *stacked, jnp.float64)
+            best = min(objective(values, problem, outputs, 0.3, descend) for values in np.asarray(every))
             ours = objective(values_of(found), problem, outputs, 0.3, descend)
             assert ours >= best * (1 - 1e-9)
             reached += ours <= best * (1 + 1e-9)

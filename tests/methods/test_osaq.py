@@ -424,7 +424,9 @@ def test_vmap_over_30_layers_equals_a_loop(options):
         np.testing.assert_allclose(batched.weight[i], osaq(one, **options).weight, atol=2e-4)
 
 
-@pytest.mark.parametrize("grid", [Grid(bits=2), Grid(bits=3, symmetric=True)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [Grid(bits=2), pytest.param(Grid(bits=3, symmetric=True), marks=pytest.mark.slow)], ids=str
+)
 def test_lowers_the_error_of_gptq_where_the_spectrum_decays(grid):
     layers = [layer(128, 16, seed=seed) for seed in range(6)]
     problems = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[problem_of(w, h, grid) for w, h in layers])

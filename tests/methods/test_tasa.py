@@ -243,7 +243,7 @@ def test_salience_under_vmap_and_without_a_finite_moment():
         group_salience(w[0], h[0], 3)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(SEEDS, st.integers(1, 20), st.integers(2, 7))
 def test_the_swap_keeps_the_bits_and_is_never_worse_than_uniform(seed, groups, bits):
     rng = np.random.default_rng(seed)

@@ -111,7 +111,7 @@ def test_nearest_tokens(embedding):
         assert near.tolist() == np.argsort(apart)[1:6].tolist()
 
 
-@pytest.mark.parametrize("length", [30, 5])
+@pytest.mark.parametrize("length", [pytest.param(30, marks=pytest.mark.slow), 5])
 def test_substitutions_replace_one_late_token_by_a_near_one(embedding, length):
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, V, length), jnp.int32)
     key, table = jax.random.key(0), jnp.asarray(embedding)
