@@ -1,4 +1,4 @@
-"""What compilers for TPUs and the H100 make of products with packed weights, chip by chip, without a chip.
+"""What compilers for TPUs and GPUs make of products with packed weights, chip by chip, without a chip.
 
     python experiments/kernels/aot.py [--chip v6e]
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 # Topology that both supported versions of libtpu know, and bytes a second of HBM of one of its devices
-# (Google Cloud's tables; a chip of tpu7x is two devices; NVIDIA's data sheet of the H100 SXM).
+# (Google Cloud's tables; a chip of tpu7x is two devices; NVIDIA's data sheets of the H100 SXM and the B200).
 CHIPS = {
     "v4": ("v4:2x2x1", 1228e9),
     "v5e": ("v5e:2x2", 819e9),
@@ -35,12 +35,15 @@ CHIPS = {
     "v6e": ("v6e:2x2", 1640e9),
     "tpu7x": ("tpu7x:2x2x1", 3690e9),
     "H100": ("h100", 3350e9),
+    "B200": ("b200", 8000e9),
 }
-# XLA wants a GPU described. The extension makes it sm_90a, which has `wgmma`.
-H100 = """
+# XLA wants a GPU described: capability, multiprocessors, name. The extension makes it sm_90a, which has
+# `wgmma`, or sm_100a, which has `tcgen05.mma`.
+GPUS = {"H100": (9, 132, "NVIDIA H100 80GB HBM3"), "B200": (10, 148, "NVIDIA B200")}
+GPU = """
 gpu_device_info {{
-  cuda_compute_capability {{ major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }}
-  core_count: 132 threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  cuda_compute_capability {{ major: {} minor: 0 feature_extension: ACCELERATED_FEATURES }}
+  core_count: {} threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
   fpus_per_core: 128 clock_rate_ghz: 1.98 registers_per_core_limit: 65536 registers_per_block_limit: 65536
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
@@ -49,7 +52,7 @@ gpu_device_info {{
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 }}
 runtime_version {{ major: {} minor: {} }}
-device_description_str: "NVIDIA H100 80GB HBM3"
+device_description_str: "{}"
 """
 # Versions of CUDA that the plugins are built for.
 CUDA = {"xla_cuda12": (12, 9), "xla_cuda13": (13, 0)}
@@ -73,7 +76,7 @@ Table: TypeAlias = Callable[[list[dict]], str]
 
 def missing(chip: str) -> str:
     """What has to be installed to compile for the chip; "" if nothing."""
-    if chip != "H100":
+    if chip not in GPUS:
         return "" if importlib.util.find_spec("libtpu") else "no TPU compiler: pip install '.[aot]'"
     if _plugin():
         return ""
@@ -89,9 +92,10 @@ def device(chip: str):
     """A device that is not here, to compile for."""
     from jax.experimental import topologies
 
-    if chip != "H100":
+    if chip not in GPUS:
         return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
-    target = H100.format(*CUDA[_plugin()])
+    capability, cores, name = GPUS[chip]
+    target = GPU.format(capability, cores, *CUDA[_plugin()], name)
     return topologies.get_topology_desc(
         platform="cuda", topology_name=CHIPS[chip][0], topology="1x1x1", target_config=target
     ).devices[0]
@@ -163,9 +167,10 @@ def compile_all(chip: str) -> list[dict]:
 
     rows = [packed(name, bits, 1, None) for name in LINEARS for bits in WIDTHS]
     rows += [packed(name, 4, PREFILL, None) for name in LINEARS]
-    rows += [integers("8B up", bits, 1, 1) for bits in (3, 4, 8)]
-    rows += [integers(name, 4, PREFILL, 1) for name in ("SmolLM2 up", "8B up", "70B down")]
-    rows += [integers("8B up", 4, PREFILL, LINEARS["8B up"][0] // LINEARS["8B up"][2])]
+    if chip != "B200":
+        rows += [integers("8B up", bits, 1, 1) for bits in (3, 4, 8)]
+        rows += [integers(name, 4, PREFILL, 1) for name in ("SmolLM2 up", "8B up", "70B down")]
+        rows += [integers("8B up", 4, PREFILL, LINEARS["8B up"][0] // LINEARS["8B up"][2])]
     if chip in ("v6e", "H100"):
         for tokens in (1, PREFILL):
             rows += [packed("8B up", bits, tokens, "portable") for bits in (2, 3, 4)]
@@ -231,7 +236,7 @@ def run(script: str, about: str | None, chips: Iterable[str], compile_all: Compi
     from jaxquant.folder import versions
 
     compilers = ["libtpu"]
-    if "H100" in chips:
+    if not GPUS.keys().isdisjoint(chips):
         compilers.append(f"jax-{_plugin().removeprefix('xla_')}-plugin")
     facts = {"versions": versions() | {name: version(name) for name in compilers}, "rows": rows}
     results = RESULTS / Path(script).name

@@ -17,7 +17,7 @@ import aot
 
 WIDTHS = {"SmolLM2": 1536, "8B": 14336, "70B": 28672}
 TOKENS = (1, 1024)
-TPUS = [chip for chip in aot.CHIPS if chip != "H100"]
+TPUS = [chip for chip in aot.CHIPS if chip not in aot.GPUS]
 
 
 def compile_all(chip: str) -> list[dict]:

@@ -1,4 +1,4 @@
-"""What Pallas kernels for GPUs share: what Hopper has, and codes from packed words."""
+"""What Pallas kernels for GPUs share: what a GPU has, tiles of a product, and codes from packed words."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jaxtyping import Array
 
 from jaxquant.quant.packing import planes
 
-#: Bytes of shared memory that a program may ask for on an H100.
-HOPPER = 232448
+#: Bytes of shared memory that a program may ask for, on an H100 as on a B200.
+SHARED_BYTES = 232448
 #: Bytes of a row of an operand of `wgmma` that lie together, swizzled against bank conflicts.
 SWIZZLE = 128
-#: Programs at once on its 132 multiprocessors, two on each.
+#: Programs at once, two on each of the 132 multiprocessors of an H100.
 PROGRAMS = 2 * 132
 
 
@@ -37,10 +37,17 @@ class Tiles(NamedTuple):
 
 
 def without_hopper(device: Any) -> str:
-    """Why the device does not run kernels for Hopper; "" where it does."""
-    # Blackwell has another instruction in place of `wgmma`, and earlier GPUs have none.
+    """Why the device does not run kernels that multiply by `wgmma`; "" where it does."""
+    # Blackwell has another instruction in place of it, and earlier GPUs have none.
     capability = str(device.compute_capability)
     return "" if capability == "9.0" else f"it needs compute capability 9.0 (Hopper), not {capability}"
+
+
+def without_blackwell(device: Any) -> str:
+    """Why the device does not run kernels that multiply by `tcgen05.mma`; "" where it does."""
+    # 12.0, the Blackwell of desktops, has neither this instruction nor its memory.
+    capability = str(device.compute_capability)
+    return "" if capability.startswith("10.") else f"it needs 10.x (Blackwell), not {capability}"
 
 
 def refuses_words(words: Any, scale: Any, zero: Any, *, bits: int, block: int) -> str:
@@ -100,6 +107,8 @@ def tiles_of(
     bits: int,
     *,
     largest: int,
+    smallest: int = 8,
+    outputs: int | None = None,
     itemsizes: tuple[int, int],
     row_bytes: int = 0,
 ) -> Tiles:
@@ -110,10 +119,10 @@ def tiles_of(
       row_bytes: what a step reads for a row beside its inputs.
     """
     blocks, _, out = words
-    tile_rows = min(largest, max(8, 1 << (rows - 1).bit_length()))
-    tile_out = 128 if out % 128 == 0 else 64
+    tile_rows = min(largest, max(smallest, 1 << (rows - 1).bit_length()))
+    tile_out = outputs or (128 if out % 128 == 0 else 64)
     tile_blocks = blocks_of(blocks, block, groups)
-    programs, count = math.ceil(rows / tile_rows) * (out // tile_out), blocks // tile_blocks
+    programs, count = math.ceil(rows / tile_rows) * math.ceil(out / tile_out), blocks // tile_blocks
     splits = max(
         d
         for d in range(1, _SPLITS + 1)
@@ -125,5 +134,5 @@ def tiles_of(
     own_groups = max(1, tile_blocks * groups // blocks)
     step = width * tile_out * bits // 8 + (2 * width + row_bytes) * tile_rows
     step += 2 * itemsizes[1] * own_groups * tile_out
-    room = HOPPER // (2 if tile_rows <= _DECODE_ROWS else 1)
+    room = SHARED_BYTES // (2 if tile_rows <= _DECODE_ROWS else 1)
     return Tiles(tile_rows, tile_out, tile_blocks, splits, min(4, max(2, (room - kept) // step)))

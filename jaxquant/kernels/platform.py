@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -52,7 +52,7 @@ def check_backend(backend: str | None) -> None:
 
 
 def by_platform(
-    portable: Callable[..., Any], kernels: Mapping[str, Kernel], *, rows: int
+    portable: Callable[..., Any], kernels: Mapping[str, Sequence[Kernel]], *, rows: int
 ) -> Callable[..., Any]:
     """`portable(*arrays, **layout)`, computed by a kernel where one takes the arrays.
 
@@ -64,7 +64,8 @@ def by_platform(
 
     Args:
       portable: returns an array or a tuple of them; its name is that of the primitive.
-      kernels: by platform: `"cpu"`, `"tpu"`, `"cuda"`.
+      kernels: by platform, `"cpu"`, `"tpu"`, `"cuda"`; the first one that takes the arrays and runs on the
+        device is used.
       rows: the number of leading arrays whose first axis is rows of every result.
 
     Returns:
@@ -141,26 +142,27 @@ def by_platform(
 
     def lower(platform: str | None) -> Callable[..., Any]:
         lower_portable = _lower(portable)
-        kernel = kernels.get(platform or "")
-        lower_kernel = kernel and _lower(kernel.call)
+        candidates = [(kernel, _lower(kernel.call)) for kernel in kernels.get(platform or "", ())]
 
         def rule(
             context: mlir.LoweringRuleContext, *operands: Any, asked: bool, strict: bool, **layout: Any
         ) -> Any:
-            reason = "there is none for this platform"
-            if kernel and lower_kernel:
+            module, reasons = context.module_context, []
+            for kernel, lower_kernel in candidates:
                 reason = (
-                    _cannot_hold_calls(context.module_context, platform)
+                    _cannot_hold_calls(module, platform)
                     or _symbolic(context.avals_in)
                     or kernel.refuses(*context.avals_in, **layout)
-                    or _unfit(kernel, context.module_context, platform, asked=asked)
+                    or _unfit(kernel, module, platform, asked=asked)
                 )
                 if not reason:
                     # Kernels count in int32, whatever the program around them does.
                     with jax.enable_x64(False):
                         return lower_kernel(context, *operands, **layout)
+                reasons.append(reason)
             if strict:
-                raise UsageError(f"{portable.__name__}: no kernel, since {reason}; use backend='portable'")
+                why = " and ".join(dict.fromkeys(reasons)) or "there is none for this platform"
+                raise UsageError(f"{portable.__name__}: no kernel, since {why}; use backend='portable'")
             return lower_portable(context, *operands, **layout)
 
         return rule

@@ -1,4 +1,4 @@
-"""The real compiler for the H100 takes the kernel, and what it needs in memory is the packed weight."""
+"""The real compiler for GPUs takes the kernels, and what they need in memory is the packed weight."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def programs(compiled):
-    return compiled("aot.py", "H100")
+@pytest.fixture(scope="module", params=["H100", "B200"])
+def programs(compiled, request):
+    return compiled("aot.py", request.param)
 
 
 def test_memory_is_that_of_the_packed_weight(programs):
@@ -19,9 +19,9 @@ def test_memory_is_that_of_the_packed_weight(programs):
     for row in rows:
         assert row["calls"] == 1, row
         assert row["argument_bytes"] < 1.05 * row["packed_bytes"], row
-        # Partial sums of eight rows at most, and x in as many: little, but so are weights of SmolLM2.
+        # Partial sums of 16 rows at most, and x in as many: little, but so are weights of SmolLM2.
         small = row["linear"].startswith("SmolLM2") and row["tokens"] == 1
-        assert row["temp_bytes"] < (0.15 if small else 0.05) * row["bf16_bytes"], row
+        assert row["temp_bytes"] < (0.2 if small else 0.05) * row["bf16_bytes"], row
 
 
 def test_the_plain_product_materializes_the_weight(programs):

@@ -33,12 +33,15 @@ def problem(rows, groups, blocks_per_group, block, out, bits, *, scale_dtype=jnp
     return x, pack(codes, bits), scale, zero
 
 
-def assert_equals_reference(shape, **dtypes):
+generations = pytest.mark.parametrize("blackwell", [False, True], ids=["hopper", "blackwell"])
+
+
+def assert_equals_reference(shape, blackwell, **dtypes):
     """Memory is emulated: unsynchronized accesses raise, fresh memory reads as NaN."""
     arrays, options = problem(*shape, **dtypes), {"bits": shape[-1], "block": shape[3]}
-    assert not gpu.KERNEL.refuses(*arrays, **options)
+    assert not gpu.HOPPER.refuses(*arrays, **options)
     interpret = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    y = gpu.dequant_matmul(*arrays, **options, interpret=interpret)
+    y = gpu.dequant_matmul(*arrays, **options, blackwell=blackwell, interpret=interpret)
     assert y.dtype == arrays[0].dtype
     exact = reference.dequant_matmul(arrays[0].astype(jnp.float32), *arrays[1:], **options)
     np.testing.assert_allclose(
@@ -59,14 +62,16 @@ CASES = {
 
 
 @interpreted
+@generations
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=[pytest.mark.slow] * (c != "groups a step")) for c in CASES]
 )
-def test_tiles_and_races(case):
-    assert_equals_reference(CASES[case])
+def test_tiles_and_races(case, blackwell):
+    assert_equals_reference(CASES[case], blackwell)
 
 
 @interpreted
+@generations
 @pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
@@ -79,9 +84,9 @@ def test_tiles_and_races(case):
     scale_dtype=st.sampled_from([jnp.float16, jnp.float32]),
     dtype=st.sampled_from([jnp.bfloat16, jnp.float16]),
 )
-def test_equals_reference(rows, groups, blocks_per_group, block, out, bits, scale_dtype, dtype):
+def test_equals_reference(blackwell, rows, groups, blocks_per_group, block, out, bits, scale_dtype, dtype):
     shape = (rows, groups, blocks_per_group, block, out, bits)
-    assert_equals_reference(shape, scale_dtype=scale_dtype, dtype=dtype)
+    assert_equals_reference(shape, blackwell, scale_dtype=scale_dtype, dtype=dtype)
 
 
 def lowered(backend, *shape, **dtypes):
@@ -101,10 +106,11 @@ def test_scans_where_the_device_is_not_known():
     assert "@mosaic_gpu" not in lowered(None, 1, 2, 1, 128, 64, 4)
 
 
-def test_runs_on_hopper_alone():
-    lacks = {c: gpu.KERNEL.lacks(SimpleNamespace(compute_capability=c)) for c in ("8.0", "9.0", "10.0")}
-    assert [c for c, reason in lacks.items() if not reason] == ["9.0"]
-    assert "not 8.0" in lacks["8.0"]
+def test_generations():
+    devices = [SimpleNamespace(compute_capability=c) for c in ("8.0", "9.0", "10.0", "10.3", "12.0")]
+    taken = [[not kernel.lacks(d) for d in devices] for kernel in (gpu.HOPPER, gpu.BLACKWELL)]
+    assert taken == [[False, True, False, False, False], [False, False, True, True, False]]
+    assert "not 8.0" in gpu.HOPPER.lacks(devices[0])
 
 
 @pytest.mark.parametrize(

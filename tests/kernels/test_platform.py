@@ -71,7 +71,7 @@ def by_remainder(x, weight, *, step):
 @pytest.mark.parametrize("over", ["rows", "both"])
 def test_several_results_of_several_dtypes(over):
     parts = functools.partial(
-        by_platform(split, {"cpu": Kernel(by_remainder, lambda *_, step: "")}, rows=1), step=2.0
+        by_platform(split, {"cpu": [Kernel(by_remainder, lambda *_, step: "")]}, rows=1), step=2.0
     )
     x, weight = jnp.asarray([[0.5, 3.0], [-1.25, 7.0], [2.0, 9.5]]), jnp.asarray([[1.0, 2.0]])
     assert "remainder" in jax.jit(parts).lower(x, weight).as_text()

@@ -12,7 +12,7 @@ from jaxquant.quant import PackedHeads
 from jaxquant.quant.packing import packed_rows
 
 _cache_attention = by_platform(
-    scan.cache_attention, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL, "cuda": gpu.KERNEL}, rows=9
+    scan.cache_attention, {"cpu": [cpu.KERNEL], "tpu": [tpu.KERNEL], "cuda": [gpu.KERNEL]}, rows=9
 )
 
 

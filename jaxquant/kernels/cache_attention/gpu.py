@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32, UInt8
 
-from jaxquant.kernels.mosaic_gpu import HOPPER, PROGRAMS, codes_of, unit_of, without_hopper
+from jaxquant.kernels.mosaic_gpu import PROGRAMS, SHARED_BYTES, codes_of, unit_of, without_hopper
 from jaxquant.kernels.platform import Kernel
 from jaxquant.quant import ActivationGrid
 
@@ -20,8 +20,6 @@ _ROWS = _TILE = 64
 # Tiles of a program, at least where there are as many: fewer would be less to read than partial sums are.
 _SHARE = 4
 _AFFINE_DTYPES = {jnp.dtype(jnp.float16), jnp.dtype(jnp.float32)}
-# Two programs share a multiprocessor where that leaves room for two tiles.
-_SHARED_BYTES = HOPPER // 2
 
 
 def cache_attention(
@@ -74,6 +72,9 @@ def cache_attention(
     ragged = [(0, 0)] * 3 + [(0, -places % 8)]
     affine = [jnp.pad(a.transpose(0, 2, 3, 1), ragged) for a in (k_scale, k_lo, v_scale, v_lo)]
 
+    # Two programs share a multiprocessor where that leaves room for two tiles.
+    kept, step = _shared_bytes(q, k_words, k_scale, v_words, v_scale)
+    steps = min(4, max(2, (SHARED_BYTES // 2 - kept) // step))
     k_width, v_width = (min(_unit(grid.bits, n), 64) for grid in (k_grid, v_grid))
     worst, partial = float(jnp.finfo(jnp.float32).min), (splits, batch, kv_heads)
 
@@ -180,7 +181,7 @@ def cache_attention(
                 words(v_words.shape[3]),
                 *[scales(v_groups)] * 2,
             ],
-            max_concurrent_steps=_steps(q, k_words, k_scale, v_words, v_scale, _SHARED_BYTES),
+            max_concurrent_steps=steps,
             init_carry=(zero + worst, zero, (mixed,) * v_groups),
         )(k_gmem, k_scale_gmem, k_lo_gmem, v_gmem, v_scale_gmem, v_lo_gmem)
         for own, part in zip(parts(v_groups), mixed, strict=True):
@@ -228,13 +229,12 @@ def _layout(plgpu: Any, unit: int) -> Any:
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def _steps(q: Any, k_words: Any, k_scale: Any, v_words: Any, v_scale: Any, room: int) -> int:
-    """Tiles of places in shared memory at once, of which one is worked at: 2 to 4, 1 where 2 do not fit."""
+def _shared_bytes(q: Any, k_words: Any, k_scale: Any, v_words: Any, v_scale: Any) -> tuple[int, int]:
+    """Of shared memory, what a program takes for all tiles of places, and for every tile that is there."""
     n, itemsize, (k_groups, v_groups) = q.shape[3], q.dtype.itemsize, (k_scale.shape[3], v_scale.shape[3])
     kept = (3 * n + v_groups * _TILE) * _ROWS * itemsize + 4 * (n + k_groups + 4) * _ROWS + 1024
     affine = 2 * k_scale.dtype.itemsize * (k_groups + v_groups)
-    fitting = (room - kept) // (_TILE * (k_words.shape[3] + v_words.shape[3] + affine))
-    return min(4, max(2, fitting)) if room < HOPPER or fitting > 1 else 1
+    return kept, _TILE * (k_words.shape[3] + v_words.shape[3] + affine)
 
 
 def _unit(bits: int, n: int) -> int:
@@ -258,7 +258,8 @@ def _refuses(
         unit = _unit(grid.bits, n)
         if unit not in (16, 32, 64, 128) or n // groups % max(32, min(unit, 64)):
             return f"{groups} groups of {n} channels at {grid.bits} bits have no layout in shared memory"
-    if _steps(q, k_words, k_scale, v_words, v_scale, HOPPER) < 2:
+    kept, step = _shared_bytes(q, k_words, k_scale, v_words, v_scale)
+    if kept + 2 * step > SHARED_BYTES:
         return f"tiles of {n} channels in {v_scale.shape[3]} groups do not fit shared memory"
     return ""
 

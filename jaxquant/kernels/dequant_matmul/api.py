@@ -9,7 +9,9 @@ from jaxquant.kernels.platform import Backend, by_platform
 from jaxquant.quant.packing import check_packed
 
 _dequant_matmul = by_platform(
-    scan.dequant_matmul, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL, "cuda": gpu.KERNEL}, rows=1
+    scan.dequant_matmul,
+    {"cpu": [cpu.KERNEL], "tpu": [tpu.KERNEL], "cuda": [gpu.HOPPER, gpu.BLACKWELL]},
+    rows=1,
 )
 
 
@@ -37,9 +39,9 @@ def dequant_matmul(
       bits: 1 to 8.
       block: input rows in one packed block.
       backend: `"portable"` scans over tiles, everywhere; `"kernel"` is C++ on CPUs, Pallas on TPUs and, for
-        bfloat16 and float16 `x`, on Hopper GPUs. `None`: as `kernels.use_backend` says, else the kernel,
-        where the program is lowered for such a device and it takes these arrays. `JAXQUANT_NATIVE=0` leaves
-        C++ out of programs that are compiled from then on.
+        bfloat16 and float16 `x`, on GPUs of the generations Hopper and Blackwell. `None`: as
+        `kernels.use_backend` says, else the kernel, where the program is lowered for such a device and it
+        takes these arrays. `JAXQUANT_NATIVE=0` leaves C++ out of programs that are compiled from then on.
 
     Raises:
       UsageError: an unknown backend, or `"kernel"` where there is none.

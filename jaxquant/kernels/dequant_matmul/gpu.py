@@ -1,7 +1,8 @@
-"""Pallas (Mosaic GPU) for Hopper: tiles are dequantized from shared memory to shared memory, for `wgmma`."""
+"""Pallas (Mosaic GPU) for Hopper and Blackwell: tiles are dequantized from shared memory to shared memory."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxquant.kernels.mosaic_gpu import (
     refuses_words,
     tiles_of,
     unit_of,
+    without_blackwell,
     without_hopper,
     word_layout,
 )
@@ -33,16 +35,19 @@ def dequant_matmul(
     *,
     bits: int,
     block: int,
+    blackwell: bool = False,
     interpret: Any = None,
 ) -> Float[Array, "rows out"]:
     """`y = sum_t x[:, t] @ (scale_t * (code_t - zero_t))` over tiles t; shapes as in `reference`.
 
-    A program computes a tile of y, transposed, so that its outputs fill the 64 rows of a `wgmma` however few
-    rows x has. Words, x, scales and zeros of up to 128 inputs are copied ahead, dequantized in float32,
-    rounded to the dtype of `x`, stored, and multiplied while the next ones are dequantized; sums are float32.
-    Where tiles of y are too few for all multiprocessors, several programs divide the inputs of one.
+    A program computes a tile of y, transposed, so that its outputs fill the 64 rows of a `wgmma`, or the 128
+    of a `tcgen05.mma`, however few rows x has. Words, x, scales and zeros of up to 128 inputs are copied
+    ahead, dequantized in float32, rounded to the dtype of `x`, stored, and multiplied while the next ones are
+    dequantized; sums are float32. Where tiles of y are too few for all multiprocessors, several programs
+    divide the inputs of one.
 
     Args:
+      blackwell: multiplies by the instruction of that generation, into tensor memory.
       interpret: as in `mosaic_gpu.kernel`: how to run where there is no GPU.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu  # slow to import
@@ -56,10 +61,12 @@ def dequant_matmul(
         groups,
         bits,
         largest=_ROWS,
+        smallest=16 if blackwell else 8,
+        outputs=128 if blackwell else None,
         itemsizes=(x.dtype.itemsize, scale.dtype.itemsize),
     )
     width, y_dtype = tiles.blocks * block, x.dtype if tiles.splits == 1 else jnp.dtype(jnp.float32)
-    grid = (tiles.splits, out // tiles.out, math.ceil(rows / tiles.rows))
+    grid = (tiles.splits, math.ceil(out / tiles.out), math.ceil(rows / tiles.rows))
     x = jnp.pad(x, ((0, grid[2] * tiles.rows - rows), (0, 0)))
     steps = blocks // tiles.blocks // tiles.splits
     layout = word_layout(plgpu)
@@ -84,7 +91,7 @@ def dequant_matmul(
             first = b * block + start
             weight_ref[first : first + unit] = weight.astype(weight_ref.dtype)
 
-    def kernel(x_gmem, words_gmem, scale_gmem, zero_gmem, y_gmem, weight_smem, y_smem):
+    def kernel(x_gmem, words_gmem, scale_gmem, zero_gmem, y_gmem, weight_smem, y_smem, *tensor_cores):
         split, j, i = (jax.lax.axis_index(name) for name in ("split", "out", "rows"))
 
         def tile(k: Array) -> Array:
@@ -95,15 +102,20 @@ def dequant_matmul(
                 return tile(k)
             return jax.lax.div(tile(k) * tiles.blocks, np.int32(per_group))
 
-        def multiply(sums: Any) -> Array:
+        def multiply(sums: Any, done: Any = None) -> None:
             def body(index: Any, x_smem: Any, words_smem: Any, scale_smem: Any, zero_smem: Any) -> None:
                 weight = weight_smem.at[jax.lax.rem(index[0], np.int32(2))]
                 for b in range(tiles.blocks):
                     dequantize(b, words_smem, scale_smem, zero_smem, weight)
                 # All warps have to be through with the other room before one of them writes there again.
-                plgpu.wgmma_wait(0)
-                plgpu.commit_smem()
-                plgpu.wgmma(sums, weight.T, x_smem.T)
+                if blackwell:
+                    pl.when(index[0] > 0)(lambda: plgpu.barrier_wait(done))
+                    plgpu.commit_smem()
+                    plgpu.tcgen05_mma(sums, weight.T, x_smem.T, done, accumulate=index[0] > 0)
+                else:
+                    plgpu.wgmma_wait(0)
+                    plgpu.commit_smem()
+                    plgpu.wgmma(sums, weight.T, x_smem.T)
 
             own_groups = (max(1, tiles.blocks // per_group), tiles.out)
             plgpu.emit_pipeline(
@@ -121,15 +133,30 @@ def dequant_matmul(
                 ],
                 max_concurrent_steps=tiles.steps,
             )(x_gmem, words_gmem, scale_gmem, zero_gmem)
-            return sums[...]
 
-        sums = pl.run_scoped(multiply, plgpu.ACC((tiles.out, tiles.rows), jnp.float32))
-        y_smem.T[...] = lay(sums.astype(y_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        if blackwell:
+            multiply(*tensor_cores)
+            plgpu.barrier_wait(tensor_cores[1])
+            sums = lay(plgpu.async_load_tmem(tensor_cores[0]), plgpu.Layout.TCGEN05)
+            transposed = plgpu.Layout.TCGEN05_TRANSPOSED
+        else:
+            shape = plgpu.ACC((tiles.out, tiles.rows), jnp.float32)
+            sums = pl.run_scoped(lambda sums: (multiply(sums), sums[...])[1], shape)
+            transposed = plgpu.Layout.WGMMA_TRANSPOSED
+        y_smem.T[...] = lay(sums.astype(y_dtype), transposed)
         plgpu.commit_smem()
         own_rows, own_out = (pl.ds(n * size, size) for n, size in ((i, tiles.rows), (j, tiles.out)))
         plgpu.copy_smem_to_gmem(y_smem, y_gmem.at[split, own_rows, own_out])
         plgpu.wait_smem_to_gmem(0)
 
+    tensor_cores = (
+        [
+            plgpu.TMEM((tiles.out, tiles.rows), jnp.float32),
+            plgpu.Barrier(orders_tensor_core=True),
+        ]
+        if blackwell
+        else []
+    )
     y = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((tiles.splits, x.shape[0], out), y_dtype),
@@ -138,6 +165,7 @@ def dequant_matmul(
         scratch_types=[
             plgpu.SMEM((2, width, tiles.out), x.dtype, transforms=swizzled(x.dtype)),
             plgpu.SMEM((tiles.rows, tiles.out), y_dtype, transforms=swizzled(y_dtype)),
+            *tensor_cores,
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **({} if interpret is None else {"interpret": interpret}),
@@ -153,4 +181,5 @@ def _refuses(x: Any, words: Any, scale: Any, zero: Any, *, bits: int, block: int
     return refuses_words(words, scale, zero, bits=bits, block=block)
 
 
-KERNEL = Kernel(dequant_matmul, _refuses, without_hopper)
+HOPPER = Kernel(dequant_matmul, _refuses, without_hopper)
+BLACKWELL = Kernel(functools.partial(dequant_matmul, blackwell=True), _refuses, without_blackwell)

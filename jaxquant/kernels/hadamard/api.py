@@ -16,7 +16,9 @@ from jaxquant.linalg import base_order
 if TYPE_CHECKING:
     from jaxquant.quant import ActivationGrid
 
-_hadamard_quantize = by_platform(factors.hadamard_quantize, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL}, rows=1)
+_hadamard_quantize = by_platform(
+    factors.hadamard_quantize, {"cpu": [cpu.KERNEL], "tpu": [tpu.KERNEL]}, rows=1
+)
 
 
 def hadamard_quantize(

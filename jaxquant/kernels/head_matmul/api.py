@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from jaxquant.kernels.head_matmul import cpu, reference
 from jaxquant.kernels.platform import Backend, by_platform
 
-_head_matmul = by_platform(reference.head_matmul, {"cpu": cpu.KERNEL}, rows=1)
+_head_matmul = by_platform(reference.head_matmul, {"cpu": [cpu.KERNEL]}, rows=1)
 
 
 def head_matmul(

@@ -10,7 +10,7 @@ from jaxquant.kernels.platform import Backend, by_platform
 from jaxquant.quant.packing import check_packed
 
 _integer_matmul = by_platform(
-    scan.integer_matmul, {"cpu": cpu.KERNEL, "tpu": tpu.KERNEL, "cuda": gpu.KERNEL}, rows=3
+    scan.integer_matmul, {"cpu": [cpu.KERNEL], "tpu": [tpu.KERNEL], "cuda": [gpu.KERNEL]}, rows=3
 )
 
 
