@@ -35,7 +35,7 @@ from judge import CHOICES, Judge, calibration, parts_of, per_token
 from sensitivity import GRIDS, ITEMS, RESULTS, TABLE
 from windows import Bench, mean
 
-from jaxquant.allocation import Allocation, allocation
+from jaxquant.allocation import Allocation, Metric, allocation
 from jaxquant.io import load_params
 from jaxquant.named import named
 from jaxquant.sensitivity import Sensitivity, read_sensitivity
@@ -46,11 +46,15 @@ import matplotlib.pyplot as plt
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Who gets the bits, how linears are rounded, and what text calibrates; searched: the table's mixture."""
+    """Who gets the bits, how linears are rounded, what text calibrates, and by which loss bits are given.
+
+    Searched text: the table's mixture.
+    """
 
     bits: str
     recipe: str = "gptq"
     text: str = "searched"
+    metric: Metric = "kl"
 
 
 #: By name in the table.
@@ -64,7 +68,9 @@ METHODS = {
     "TASA, WikiText-2": Method("tasa", text="wikitext2"),
     "TASA, GSM8K": Method("tasa", text="gsm8k"),
     "TASA + bits by group": Method("tasa", "group-bits-gptq"),
+    "TASA by NLL": Method("tasa", metric="nll"),
     "perplexity alone": Method("general"),
+    "perplexity alone by NLL": Method("general", metric="nll"),
     "task alone": Method("task"),
     "random": Method("random"),
     "first blocks": Method("first"),
@@ -89,7 +95,7 @@ def allocated(table: Sensitivity, method: Method, budget: float, draw: int = 0) 
     recipes = {bits: named(method.recipe, GRIDS[bits]) for bits in table.bits}
     recipes = {str(bits): recipe.to_dict() for bits, recipe in recipes.items()}
     table = dataclasses.replace(table, facts={**table.facts, "recipes": recipes})
-    found = allocation(table, budget, beta=BETAS.get(method.bits, 0.7))
+    found = allocation(table, budget, beta=BETAS.get(method.bits, 0.7), metric=method.metric)
     if method.bits in ("tasa", "general", "task"):
         return found
     if method.bits == "random":
@@ -185,7 +191,8 @@ def write(bench: Bench) -> None:
         f"gold solutions and the divergence from the original on their tokens, {len(tokens)} test rows, "
         "+- standard error over rows. Asymmetric grids in groups of 64, clip search; GPTQ with "
         "act-order, static groups. Bits are effective ones: scales and zeros take .5. TASA: beta .7, "
-        f"divergences where one block is quantized, on {ITEMS} training rows of GSM8K and {ITEMS} windows "
+        "divergences (\"by NLL\": growth of the loss) where one block is quantized, on "
+        f"{ITEMS} training rows of GSM8K and {ITEMS} windows "
         "of 128 tokens of the WikiText-2 train part; \"perplexity alone\" is beta 0, \"task alone\" beta "
         f"1. Delta: less TASA at the same budget, at {REFERENCE} bits where there is none, paired by row "
         f"or item. Accuracy in %, mean over {', '.join(CHOICES)}, {bench.protocol['choice_items']} items "
