@@ -130,6 +130,7 @@ def test_the_best_candidate_is_judged_on_held_out_tokens(layer):
     assert float(jnp.sum((chosen[0] - weight[0]) ** 2)) == pytest.approx(min(first_row), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_rounding_after_a_choice_sees_all_tokens(layer):
     weight, moments = layer
     half = dataclasses.replace(moments, second=0.5 * moments.second)

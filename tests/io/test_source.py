@@ -81,6 +81,7 @@ print((after - before) / 1024, sum(leaf.nbytes for leaf in jax.tree.leaves(param
 """
 
 
+@pytest.mark.slow
 def test_loading_takes_the_result_and_about_one_block(tmp_path):
     # 12 blocks of 7 MiB: holding all of them twice, or the mapped file beside them, would show.
     raw = {**RAW["llama2"], "hidden_size": 384, "intermediate_size": 1056, "num_hidden_layers": 12}

@@ -168,7 +168,7 @@ def test_panels_give_the_factor_of_the_whole(n):
     np.testing.assert_array_equal(np.tril(a, -1), 0)
 
 
-@pytest.mark.parametrize("n", [145, 257, 577])
+@pytest.mark.parametrize("n", [145, 257, pytest.param(577, marks=pytest.mark.slow)])
 def test_inverses_by_halves(n):
     """Sizes below and above one panel, odd ones too: the factor's inverse, and the inverse itself."""
     h = second_moments(n, 2 * n) / n

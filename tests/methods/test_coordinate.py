@@ -160,6 +160,7 @@ def test_non_finite_moments_move_nothing():
     assert np.isnan(result.stats.error)
 
 
+@pytest.mark.slow
 def test_vmap_over_layers_equals_a_loop():
     """Dynamic groups in act-order: every layer has an order of its own."""
     problems = [problem_of(*correlated_layer(ROWS, OUT, seed=seed, dead=seed)) for seed in range(3)]

@@ -80,6 +80,7 @@ def test_wrong_scales_are_mended(blocks, weight):
     np.testing.assert_array_equal(tuned["bias"], original["bias"])
 
 
+@pytest.mark.slow
 def test_it_is_never_worse_and_repeats_itself(blocks):
     original, rounded, inputs = blocks
     wild = {"apply": apply, "weight": 0.1, "steps": 8, "learning_rate": 3.0}
