@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ from jaxtyping import Array
 
 from jaxquant.quant.packing import planes
 
-#: Bytes of shared memory that a program may ask for, on an H100 as on a B200.
+#: Bytes of shared memory that a program may ask for on an H100, as on a B200, and where two are to fit.
 SHARED_BYTES = 232448
+HALF_SHARED_BYTES = 233472 // 2 - 1024
 #: Bytes of a row of an operand of `wgmma` that lie together, swizzled against bank conflicts.
 SWIZZLE = 128
 #: Programs at once, two on each of the 132 multiprocessors of an H100.
@@ -99,6 +100,28 @@ def codes_of(load: Callable[[int], Array], start: int, bits: int, block: int) ->
     return functools.reduce(jnp.bitwise_or, fields)
 
 
+def shared_bytes(*buffers: int) -> int:
+    """What buffers take, each at a multiple of 1024, with barriers and the scratch of a reduction."""
+    return sum(-(-size // 1024) * 1024 for size in buffers) + 2048 + 128
+
+
+def steps_of(kept: Sequence[int], step: Sequence[int], *, two: bool) -> int:
+    """Steps in shared memory at once, 2 to 4: two programs on a multiprocessor are preferred where asked for.
+
+    Args:
+      kept: sizes of buffers that are there once.
+      step: of those that are there for every step.
+
+    Returns:
+      0 where there is no room for two.
+    """
+    for room in (HALF_SHARED_BYTES, SHARED_BYTES) if two else (SHARED_BYTES,):
+        fitting = [n for n in (2, 3, 4) if shared_bytes(*kept, *(n * size for size in step)) <= room]
+        if fitting:
+            return fitting[-1]
+    return 0
+
+
 def tiles_of(
     rows: int,
     words: tuple[int, ...],
@@ -110,12 +133,15 @@ def tiles_of(
     smallest: int = 8,
     outputs: int | None = None,
     itemsizes: tuple[int, int],
+    kept: int = 0,
     row_bytes: int = 0,
 ) -> Tiles:
-    """Tiles of `rows` of x, up to `largest`, and of words `[blocks, words, out]`.
+    """Tiles of `rows` of x, from `smallest` to `largest`, and of words `[blocks, words, out]`.
 
     Args:
+      outputs: of a tile; `None`: 128, or 64 where 128 do not divide all.
       itemsizes: bytes of a result where inputs are not divided, and of a scale.
+      kept: bytes of shared memory beside those of two weights and a result.
       row_bytes: what a step reads for a row beside its inputs.
     """
     blocks, _, out = words
@@ -128,11 +154,11 @@ def tiles_of(
         for d in range(1, _SPLITS + 1)
         if count % d == 0 and (d == 1 or (d * programs <= PROGRAMS and d * tile_rows <= _PARTIAL_ROWS))
     )
-    width = tile_blocks * block
-    # Two rooms for the weight, y, and barriers; then in each step words, x, scales and zeros.
-    kept = 4 * width * tile_out + (4 if splits > 1 else itemsizes[0]) * tile_rows * tile_out + 1024
-    own_groups = max(1, tile_blocks * groups // blocks)
-    step = width * tile_out * bits // 8 + (2 * width + row_bytes) * tile_rows
-    step += 2 * itemsizes[1] * own_groups * tile_out
-    room = SHARED_BYTES // (2 if tile_rows <= _DECODE_ROWS else 1)
-    return Tiles(tile_rows, tile_out, tile_blocks, splits, min(4, max(2, (room - kept) // step)))
+    width, y_bytes = tile_blocks * block, 4 if splits > 1 else itemsizes[0]
+    scales = itemsizes[1] * max(1, tile_blocks * groups // blocks) * tile_out
+    steps = steps_of(
+        [4 * width * tile_out, y_bytes * tile_rows * tile_out, kept],
+        [width * tile_out * bits // 8, 2 * width * tile_rows, row_bytes * tile_rows, scales, scales],
+        two=tile_rows <= _DECODE_ROWS,
+    )
+    return Tiles(tile_rows, tile_out, tile_blocks, splits, steps)

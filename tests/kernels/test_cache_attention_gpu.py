@@ -13,7 +13,7 @@ from packed_heads import close, exact, problem
 
 from jaxquant.errors import UsageError
 from jaxquant.kernels.cache_attention import cache_attention, gpu
-from jaxquant.quant import ActivationGrid
+from jaxquant.quant import ActivationGrid, PackedHeads
 
 HALF = ActivationGrid(bits=4, scale_dtype="float16")
 interpreted = pytest.mark.skipif(
@@ -94,6 +94,24 @@ def test_what_lies_behind_the_last_token_is_not_read():
     np.testing.assert_array_equal(attend(q, *unknown, start, None), attend(q, k, v, start, None))
 
 
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("gap", [6, 12])
+def test_float16_queries_keep_small_weights(gap):
+    """A sink, of value 0, takes nearly all weight: what is left times a scale is too small for float16."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        np.zeros((1, 1, 1, 64)),
+        rng.standard_normal((1, 256, 1, 64)) / 10,
+        rng.standard_normal((1, 256, 1, 64)),
+    )
+    q[..., 0], k[..., 0], k[0, 0, 0, 0], v[0, 0] = 1, 0, gap, 0
+    grid = ActivationGrid(bits=8)
+    heads = [PackedHeads.of(jnp.asarray(a, jnp.float32), grid) for a in (k, v)]
+    arrays = (jnp.asarray(q, jnp.float16), *heads, jnp.asarray([255], jnp.int32))
+    close(attend(*arrays, None), exact(*arrays), 2e-2)
+
+
 def lowered(backend, shape, grids, dtype=jnp.bfloat16):
     q, k, v, _ = problem(*shape, grids, dtype)
     program = jax.jit(lambda q, k, v: cache_attention(q, k, v, start=3, backend=backend))
@@ -104,6 +122,15 @@ def lowered(backend, shape, grids, dtype=jnp.bfloat16):
 def test_lowers_to_one_call_where_asked(bits):
     grid = ActivationGrid(bits=bits, scale_dtype="float16")
     assert lowered("kernel", (3, 1, 500, 2, 4, 128), (grid, HALF)).count("@mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("groups", [(None, None), (64, None), (None, 128)])
+def test_what_nearly_fills_shared_memory_lowers(groups):
+    grids = [
+        ActivationGrid(bits=bits, group_size=size, scale_dtype="float16")
+        for bits, size in zip((6, 4), groups, strict=True)
+    ]
+    assert "@mosaic_gpu" in lowered("kernel", (1, 1, 300, 1, 4, 256), grids)
 
 
 def test_scans_where_the_device_is_not_known():
@@ -122,6 +149,7 @@ def test_scans_where_the_device_is_not_known():
             "4 groups of 128 channels at 4 bits have no layout",
         ),
         ((1, 1, 8, 1, 1, 256), ActivationGrid(bits=8), jnp.bfloat16, "do not fit shared memory"),
+        ((1, 1, 8, 1, 1, 192), ActivationGrid(bits=8), jnp.bfloat16, "1 groups of 192 channels at 8 bits"),
     ],
 )  # fmt: skip
 def test_what_the_kernel_does_not_take(shape, grid, dtype, reason):

@@ -81,6 +81,14 @@ def test_lowers_to_one_call_where_asked(rows, x_groups, bits):
     assert lowered("kernel", rows, 4, 128, 4, x_groups, 192, bits, 8).count("@mosaic_gpu") == 1
 
 
+@pytest.mark.parametrize(
+    ("shape", "scale_dtype"),
+    [((33, 4, 64, 2, 1, 128, 7, 8), jnp.float16), ((64, 4, 128, 2, 4, 128, 7, 8), jnp.float32)],
+)
+def test_what_nearly_fills_shared_memory_lowers(shape, scale_dtype):
+    assert "@mosaic_gpu" in lowered("kernel", *shape, scale_dtype)
+
+
 def test_scans_where_the_device_is_not_known():
     assert "@mosaic_gpu" not in lowered(None, 1, 2, 64, 2, 1, 64, 4, 4)
 

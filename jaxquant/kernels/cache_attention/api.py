@@ -29,7 +29,8 @@ def cache_attention(
 
     Token t is at place `start + t` of the cache and sees places s, `start + t - window < s <= start + t`.
     Chunks of places are dequantized and multiplied in float32 (float64 for float64 `q`) and added up by an
-    online softmax (arXiv 1805.02867), so that the work follows the places in use, not the size of the cache.
+    online softmax (arXiv 1805.02867), so that the work follows the places in use, not the size of the cache
+    (but for scales and offsets on GPUs, which are copied as a whole).
     Derivatives of any order, in `q`, scales and offsets, are those of the portable implementation.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32, UInt8
 
-from jaxquant.kernels.mosaic_gpu import PROGRAMS, SHARED_BYTES, codes_of, unit_of, without_hopper
+from jaxquant.kernels.mosaic_gpu import PROGRAMS, codes_of, steps_of, unit_of, without_hopper
 from jaxquant.kernels.platform import Kernel
 from jaxquant.quant import ActivationGrid
 
@@ -42,8 +42,8 @@ def cache_attention(
         q k = sum_g scale_g (q_g . code_g) + lo_g sum(q_g),   w v_g = (w scale_g) code_g + sum(w lo_g)
 
     A program takes a share of the tiles that tokens see, for one head of the cache, and the queries of all
-    tokens and heads that read it as rows; XLA adds the shares up. Codes are exact in the dtype of `q`, in
-    which products are; sums are float32. Arguments as in `reference`.
+    tokens and heads that read it as rows; XLA adds the shares up. Products are in the dtype of `q`, and of
+    the values in bfloat16, in which codes are exact; sums are float32. Arguments as in `reference`.
 
     Args:
       interpret: as in `mosaic_gpu.kernel`: how to run where there is no GPU.
@@ -72,9 +72,7 @@ def cache_attention(
     ragged = [(0, 0)] * 3 + [(0, -places % 8)]
     affine = [jnp.pad(a.transpose(0, 2, 3, 1), ragged) for a in (k_scale, k_lo, v_scale, v_lo)]
 
-    # Two programs share a multiprocessor where that leaves room for two tiles.
-    kept, step = _shared_bytes(q, k_words, k_scale, v_words, v_scale)
-    steps = min(4, max(2, (SHARED_BYTES // 2 - kept) // step))
+    steps = _steps(n, k_words, k_scale, v_words, v_scale)
     k_width, v_width = (min(_unit(grid.bits, n), 64) for grid in (k_grid, v_grid))
     worst, partial = float(jnp.finfo(jnp.float32).min), (splits, batch, kv_heads)
 
@@ -203,8 +201,9 @@ def cache_attention(
             plgpu.SMEM((_ROWS, n), q.dtype, transforms=swizzled(k_width)),
             plgpu.SMEM((2 + k_groups, _ROWS), jnp.float32),
             plgpu.SMEM((_TILE, n), q.dtype, transforms=swizzled(k_width)),
-            plgpu.SMEM((_TILE, n), q.dtype, transforms=swizzled(v_width)),
-            plgpu.SMEM((v_groups, _ROWS, _TILE), q.dtype, transforms=swizzled(v_width)),
+            # Small weights times small scales would vanish in float16.
+            plgpu.SMEM((_TILE, n), jnp.bfloat16, transforms=swizzled(v_width)),
+            plgpu.SMEM((v_groups, _ROWS, _TILE), jnp.bfloat16, transforms=swizzled(v_width)),
             plgpu.SMEM((_ROWS, n), jnp.float32, transforms=swizzled(32, jnp.float32)),
             plgpu.SMEM((2, _ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
@@ -229,12 +228,14 @@ def _layout(plgpu: Any, unit: int) -> Any:
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def _shared_bytes(q: Any, k_words: Any, k_scale: Any, v_words: Any, v_scale: Any) -> tuple[int, int]:
-    """Of shared memory, what a program takes for all tiles of places, and for every tile that is there."""
-    n, itemsize, (k_groups, v_groups) = q.shape[3], q.dtype.itemsize, (k_scale.shape[3], v_scale.shape[3])
-    kept = (3 * n + v_groups * _TILE) * _ROWS * itemsize + 4 * (n + k_groups + 4) * _ROWS + 1024
-    affine = 2 * k_scale.dtype.itemsize * (k_groups + v_groups)
-    return kept, _TILE * (k_words.shape[3] + v_words.shape[3] + affine)
+def _steps(n: int, k_words: Any, k_scale: Any, v_words: Any, v_scale: Any) -> int:
+    """Tiles of places in shared memory at once; 0 where two do not fit."""
+    k_groups, v_groups = k_scale.shape[3], v_scale.shape[3]
+    kept = [*[2 * _ROWS * n] * 3, 2 * v_groups * _ROWS * _TILE, 4 * _ROWS * n, 8 * _ROWS]
+    kept.append(4 * (2 + k_groups) * _ROWS)
+    step = [_TILE * a.shape[3] for a in (k_words, v_words)]
+    step += [_TILE * a.shape[3] * a.dtype.itemsize for a in (k_scale, v_scale)] * 2
+    return steps_of(kept, step, two=True)
 
 
 def _unit(bits: int, n: int) -> int:
@@ -253,13 +254,13 @@ def _refuses(
         return f"{tokens} tokens of {heads} heads are more than {_ROWS} to a head of the cache"
     dtypes = {a.dtype for a in (k_scale, k_lo, v_scale, v_lo)}
     if k_words.dtype != jnp.uint8 or len(dtypes) > 1 or not dtypes <= _AFFINE_DTYPES:
-        return f"it reads uint8 words and scales and offsets in float16 or float32 alike, not {dtypes}"
+        names = ", ".join(sorted(map(str, dtypes)))
+        return f"it reads uint8 words, and scales and offsets all in float16 or all in float32, not {names}"
     for grid, groups in ((k_grid, k_scale.shape[3]), (v_grid, v_scale.shape[3])):
         unit = _unit(grid.bits, n)
-        if unit not in (16, 32, 64, 128) or n // groups % max(32, min(unit, 64)):
+        if unit not in (16, 32, 64, 128) or n % unit or n // groups % max(32, min(unit, 64)):
             return f"{groups} groups of {n} channels at {grid.bits} bits have no layout in shared memory"
-    kept, step = _shared_bytes(q, k_words, k_scale, v_words, v_scale)
-    if kept + 2 * step > SHARED_BYTES:
+    if not _steps(n, k_words, k_scale, v_words, v_scale):
         return f"tiles of {n} channels in {v_scale.shape[3]} groups do not fit shared memory"
     return ""
 

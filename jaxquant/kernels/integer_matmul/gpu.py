@@ -63,7 +63,7 @@ def integer_matmul(
     pieces = width // size
     tiles = tiles_of(
         rows, words.shape, block, groups, bits, largest=_ROWS, itemsizes=(4, scale.dtype.itemsize),
-        row_bytes=16 * pieces,
+        kept=16 * width, row_bytes=16 * pieces,
     )  # fmt: skip
     grid = (tiles.splits, out // tiles.out, math.ceil(rows / tiles.rows))
     steps = blocks // tiles.blocks // tiles.splits
@@ -144,12 +144,10 @@ def integer_matmul(
             body,
             grid=(steps,),
             in_specs=[
-                plgpu.BlockSpec(
-                    (tiles.rows, width), lambda k: (i, tile(k)), transforms=swizzled(2), delay_release=1
-                ),
-                plgpu.BlockSpec((pieces, 4, tiles.rows), lambda k: (tile(k), 0, i), delay_release=1),
+                plgpu.BlockSpec((tiles.rows, width), lambda k: (i, tile(k)), transforms=swizzled(2)),
+                plgpu.BlockSpec((pieces, 4, tiles.rows), lambda k: (tile(k), 0, i)),
                 plgpu.BlockSpec((tiles.blocks, depth, tiles.out), lambda k: (tile(k), 0, j)),
-                *[plgpu.BlockSpec(own_groups, lambda k: (group(k), j), delay_release=1)] * 2,
+                *[plgpu.BlockSpec(own_groups, lambda k: (group(k), j))] * 2,
             ],
             max_concurrent_steps=tiles.steps,
             init_carry=lay(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA),
