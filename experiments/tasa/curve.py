@@ -257,6 +257,8 @@ def draw_curve(bench: Bench) -> None:
                     per_token(solutions(row, "kl"), tokens)[0]
                 )
         bits = sorted(points)
+        if not bits:
+            continue
         axis.plot(bits, [np.mean(points[b]) for b in bits], "o-", ms=4, lw=1, color=color, label=name)
     axis.set(xlabel="effective bits", ylabel="KL from the original on GSM8K solutions, nats", yscale="log")
     axis.grid(alpha=0.25)
