@@ -4,7 +4,7 @@
 
 Compiles `jaxquant.kernels.dequant_matmul` ahead of time for linears of SmolLM2-135M, Llama-3-8B and
 Llama-3-70B, one token and 1024 tokens, and `integer_matmul` for some of them, in one process a chip, since a
-compiler may abort; with `--chip`, for that one in this process, and prints the rows. On v6e and H100
+compiler may abort; with `--chip`, for that one in this process, and prints the rows. On v6e and GPUs
 the scan and the plain product with a `jnp.uint4` or `jnp.uint2` weight are compiled beside it. Needs `libtpu`
 of the version that jax pins (extra `aot`), and `jax-cuda12-plugin` and `jax-cuda12-pjrt` of the version of
 jax, installed with `--no-deps`: no driver and no CUDA. Writes results/aot.json and results/aot.md. Nothing is
@@ -171,7 +171,7 @@ def compile_all(chip: str) -> list[dict]:
         rows += [integers("8B up", bits, 1, 1) for bits in (3, 4, 8)]
         rows += [integers(name, 4, PREFILL, 1) for name in ("SmolLM2 up", "8B up", "70B down")]
         rows += [integers("8B up", 4, PREFILL, LINEARS["8B up"][0] // LINEARS["8B up"][2])]
-    if chip in ("v6e", "H100"):
+    if chip in ("v6e", *GPUS):
         for tokens in (1, PREFILL):
             rows += [packed("8B up", bits, tokens, "portable") for bits in (2, 3, 4)]
             rows += [unpacked("8B up", bits, tokens) for bits in (2, 4)]

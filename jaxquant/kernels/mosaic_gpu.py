@@ -7,7 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from jaxquant.quant.packing import planes
@@ -19,12 +22,60 @@ HALF_SHARED_BYTES = 233472 // 2 - 1024
 SWIZZLE = 128
 #: Programs at once, two on each of the 132 multiprocessors of an H100.
 PROGRAMS = 2 * 132
-
+#: Of scales, zeros and offsets.
+AFFINE_DTYPES = (jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
 
 # Rows of x up to which waiting for memory takes the time, so that two programs share a multiprocessor.
 _DECODE_ROWS = 16
 # Partial sums of a split contraction: the programs along it, and their rows in all.
 _SPLITS, _PARTIAL_ROWS = 8, 128
+
+
+class Mosaic:
+    """`jax.experimental.pallas.mosaic_gpu`, which is slow to import, as the kernels here use it.
+
+    Args:
+      interpret: as in its `kernel`: how to run where there is no GPU; `None` compiles.
+    """
+
+    def __init__(self, interpret: Any) -> None:
+        from jax.experimental.pallas import mosaic_gpu
+
+        self.gpu, self._interpret = mosaic_gpu, interpret
+
+    def lay(self, a: Array, layout: Any) -> Array:
+        """The array in registers of this layout; the interpreter has none."""
+        return self.gpu.layout_cast(a, layout) if self._interpret is None else a
+
+    def swizzled(self, dtype: Any, width: int | None = None) -> tuple[Any, Any]:
+        """Of shared memory: rows lie together in parts of `width`, of all that may where there is none."""
+        itemsize = jnp.dtype(dtype).itemsize
+        width = width or SWIZZLE // itemsize
+        return self.gpu.TilingTransform((8, width)), self.gpu.SwizzleTransform(width * itemsize)
+
+    def product(self, left: Any, right: Any) -> Array:
+        """`left @ right` of shared memory by `wgmma`, in float32 registers."""
+
+        def multiply(sums: Any) -> Array:
+            self.gpu.wgmma(sums, left, right)
+            return sums[...]
+
+        return pl.run_scoped(multiply, self.gpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+
+    def kernel(self, body: Callable[..., None], **options: Any) -> Callable[..., Any]:
+        """`mosaic_gpu.kernel`, whose body names the layouts of registers itself."""
+        semantics = self.gpu.CompilerParams(lowering_semantics=self.gpu.LoweringSemantics.Lane)
+        if self._interpret is not None:
+            options["interpret"] = self._interpret
+        return self.gpu.kernel(body, compiler_params=semantics, **options)
+
+    def words(self) -> Any:
+        """Of words `[inputs, outputs]`: 16 threads a row, each with four neighbors in all rows.
+
+        A thread needs no other scales than its own.
+        """
+        tiling = self.gpu.Tiling(((8, 64), (2, 64), (4,)))
+        return self.gpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 class Tiles(NamedTuple):
@@ -35,6 +86,10 @@ class Tiles(NamedTuple):
     blocks: int
     splits: int
     steps: int
+
+    def group(self, tile: Array, per_group: int) -> Array:
+        """Index of the scales of a tile among parts of as many groups as a tile has, one at least."""
+        return tile if self.blocks > per_group else jax.lax.div(tile * self.blocks, np.int32(per_group))
 
 
 def without_hopper(device: Any) -> str:
@@ -55,7 +110,7 @@ def refuses_words(words: Any, scale: Any, zero: Any, *, bits: int, block: int) -
     """Why products do not take a packed weight of these avals; "" where they do."""
     if words.dtype != jnp.uint8:
         return f"words are {words.dtype}, not uint8"
-    if scale.dtype != zero.dtype or scale.dtype not in (jnp.float16, jnp.float32):
+    if scale.dtype != zero.dtype or scale.dtype not in AFFINE_DTYPES:
         return f"scales and zeros are {scale.dtype} and {zero.dtype}, not both float16 or float32"
     blocks, _, out = words.shape
     taken = min(blocks, out) > 0 and out % 64 == 0 and unit_of(bits, block) % 8 == 0
@@ -65,15 +120,6 @@ def refuses_words(words: Any, scale: Any, zero: Any, *, bits: int, block: int) -
             f"multiple of 8 rows, not {out} outputs and {blocks} blocks of {block} rows of {bits} bits"
         )
     return ""
-
-
-def word_layout(plgpu: Any) -> Any:
-    """Of words `[inputs, outputs]`: 16 threads a row, each with four neighbors in all rows.
-
-    A thread needs no other scales than its own.
-    """
-    tiling = plgpu.Tiling(((8, 64), (2, 64), (4,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def blocks_of(blocks: int, block: int, groups: int) -> int:

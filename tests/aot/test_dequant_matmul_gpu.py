@@ -19,9 +19,10 @@ def test_memory_is_that_of_the_packed_weight(programs):
     for row in rows:
         assert row["calls"] == 1, row
         assert row["argument_bytes"] < 1.05 * row["packed_bytes"], row
-        # Partial sums of 16 rows at most, and x in as many: little, but so are weights of SmolLM2.
+        # Partial sums of 8 rows (Blackwell: 16), and x in as many: little, but so are weights of SmolLM2.
         small = row["linear"].startswith("SmolLM2") and row["tokens"] == 1
-        assert row["temp_bytes"] < (0.2 if small else 0.05) * row["bf16_bytes"], row
+        of_small = {"H100": 0.15, "B200": 0.2}[row["chip"]]
+        assert row["temp_bytes"] < (of_small if small else 0.05) * row["bf16_bytes"], row
 
 
 def test_the_plain_product_materializes_the_weight(programs):

@@ -61,13 +61,12 @@ def test_nothing_seen():
 
 
 def test_bfloat16_is_accumulated_in_float32():
-    x = (1 + tokens(4096, 4) / 8).astype(jnp.bfloat16)
+    x = (1 + tokens(1024, 4) / 8).astype(jnp.bfloat16)
     moments = observe(x)
     assert moments.second.dtype == moments.max_abs.dtype == jnp.float32
     assert moments.count.dtype == jnp.int32
     exact = np.asarray(x.astype(jnp.float32), np.float64)
-    # A sum of bfloat16 would stop growing at 256.
-    np.testing.assert_allclose(moments.second, exact.T @ exact, rtol=1e-4)
+    np.testing.assert_allclose(moments.second, exact.T @ exact, rtol=1e-5)
 
 
 def test_jit_vmap_and_scan_over_blocks_equal_a_loop():

@@ -9,18 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_interpreter import interpreted, strict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.errors import UsageError
 from jaxquant.kernels.dequant_matmul import dequant_matmul, gpu, reference
 from jaxquant.quant import pack
-
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"),
-    reason="the interpreter of JAX 0.10 multiplies no transposed operand; JAX 0.12 has one that does",
-)
 
 
 def problem(rows, groups, blocks_per_group, block, out, bits, *, scale_dtype=jnp.float16, dtype=jnp.bfloat16):
@@ -37,11 +32,9 @@ generations = pytest.mark.parametrize("blackwell", [False, True], ids=["hopper",
 
 
 def assert_equals_reference(shape, blackwell, **dtypes):
-    """Memory is emulated: unsynchronized accesses raise, fresh memory reads as NaN."""
     arrays, options = problem(*shape, **dtypes), {"bits": shape[-1], "block": shape[3]}
     assert not gpu.HOPPER.refuses(*arrays, **options)
-    interpret = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    y = gpu.dequant_matmul(*arrays, **options, blackwell=blackwell, interpret=interpret)
+    y = gpu.dequant_matmul(*arrays, **options, blackwell=blackwell, interpret=strict())
     assert y.dtype == arrays[0].dtype
     exact = reference.dequant_matmul(arrays[0].astype(jnp.float32), *arrays[1:], **options)
     np.testing.assert_allclose(

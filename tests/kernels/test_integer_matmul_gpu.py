@@ -7,27 +7,20 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from gpu_interpreter import interpreted, strict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from integer_problem import close, problem
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxquant.errors import UsageError
 from jaxquant.kernels.integer_matmul import gpu, integer_matmul
 
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"),
-    reason="the interpreter of JAX 0.10 multiplies no transposed operand; JAX 0.12 has one that does",
-)
-
 
 def check(*shape, scale_dtype=jnp.float16):
-    """Memory is emulated: unsynchronized accesses raise, fresh memory reads as NaN."""
     arrays, expected = problem(*shape, scale_dtype)
     options = {"block": shape[2], "bits": shape[6], "x_bits": shape[7]}
     assert not gpu.KERNEL.refuses(*arrays, **options)
-    interpret = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    close(gpu.integer_matmul(*arrays, **options, interpret=interpret), expected)
+    close(gpu.integer_matmul(*arrays, **options, interpret=strict()), expected)
 
 
 # One step; a split contraction and groups of x; two groups of the weight a step; one group of x for all of

@@ -20,18 +20,23 @@ def test_as_many_steps_as_there_is_room_for():
     assert steps_of([SHARED_BYTES], [1], two=False) == 0
 
 
-@pytest.mark.parametrize("size", [None, 64, 128], ids=["weights", "integers 64", "integers 128"])
-def test_products_always_have_two_steps(size):
+PRODUCTS = {
+    "hopper": {"largest": 128},
+    "blackwell": {"largest": 128, "smallest": 16, "outputs": 128},
+    "integers": {"largest": 64},
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_always_have_two_steps(product):
     for rows, block, blocks, bits, out, itemsize in itertools.product(
         (1, 16, 17, 64, 300), (16, 32, 64, 128), (1, 2, 9, 12, 32), range(1, 9), (64, 128, 1536), (2, 4)
     ):
         for groups in (g for g in range(1, blocks + 1) if blocks % g == 0):
-            count = blocks_of(blocks, block, groups)
-            if not count or unit_of(bits, block) % 8 or (size and block % size):
+            width = blocks_of(blocks, block, groups) * block
+            if not width or unit_of(bits, block) % 8 or (product == "integers" and block < 64):
                 continue
-            own = {"largest": 128, "itemsizes": (2, itemsize)}
-            if size:
-                width = count * block
-                own = {"largest": 64, "itemsizes": (4, itemsize)}
-                own |= {"kept": 16 * width, "row_bytes": 16 * width // size}
+            own = PRODUCTS[product] | {"itemsizes": (2, itemsize)}
+            if product == "integers":
+                own |= {"itemsizes": (4, itemsize), "kept": 16 * width, "row_bytes": 16 * width // 64}
             assert tiles_of(rows, (blocks, 0, out), block, groups, bits, **own).steps >= 2

@@ -11,7 +11,15 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32, UInt8
 
-from jaxquant.kernels.mosaic_gpu import PROGRAMS, codes_of, steps_of, unit_of, without_hopper
+from jaxquant.kernels.mosaic_gpu import (
+    AFFINE_DTYPES,
+    PROGRAMS,
+    Mosaic,
+    codes_of,
+    steps_of,
+    unit_of,
+    without_hopper,
+)
 from jaxquant.kernels.platform import Kernel
 from jaxquant.quant import ActivationGrid
 
@@ -19,7 +27,6 @@ from jaxquant.quant import ActivationGrid
 _ROWS = _TILE = 64
 # Tiles of a program, at least where there are as many: fewer would be less to read than partial sums are.
 _SHARE = 4
-_AFFINE_DTYPES = {jnp.dtype(jnp.float16), jnp.dtype(jnp.float32)}
 
 
 def cache_attention(
@@ -48,8 +55,8 @@ def cache_attention(
     Args:
       interpret: as in `mosaic_gpu.kernel`: how to run where there is no GPU.
     """
-    from jax.experimental.pallas import mosaic_gpu as plgpu  # slow to import
-
+    mosaic = Mosaic(interpret)
+    plgpu, lay, product = mosaic.gpu, mosaic.lay, mosaic.product
     batch, tokens, heads, n = q.shape
     places, kv_heads = k_words.shape[1:3]
     rows, tiles = tokens * heads // kv_heads, math.ceil(places / _TILE)
@@ -75,12 +82,6 @@ def cache_attention(
     steps = _steps(n, k_words, k_scale, v_words, v_scale)
     k_width, v_width = (min(_unit(grid.bits, n), 64) for grid in (k_grid, v_grid))
     worst, partial = float(jnp.finfo(jnp.float32).min), (splits, batch, kv_heads)
-
-    def lay(a: Array, where: Any) -> Array:  # the interpreter has no registers
-        return plgpu.layout_cast(a, where) if interpret is None else a
-
-    def swizzled(width: int, dtype: Any = q.dtype) -> tuple[Any, ...]:
-        return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize)
 
     def store_codes(words: Any, codes: Any, grid: ActivationGrid) -> None:
         unit = _unit(grid.bits, n)
@@ -114,13 +115,6 @@ def cache_attention(
         def down(ref: Any) -> Array:  # of places
             values = lay(ref[...], by_place).astype(jnp.float32)
             return lay(jax.lax.broadcast_in_dim(values, (_ROWS, _TILE), (1,)), plgpu.Layout.WGMMA)
-
-        def product(left: Any, right: Any) -> Array:
-            def multiply(sums: Any) -> Array:
-                plgpu.wgmma(sums, left, right)
-                return sums[...]
-
-            return pl.run_scoped(multiply, plgpu.ACC((_ROWS, right.shape[1]), jnp.float32))
 
         def affine_of(scale_ref: Any, lo_ref: Any, g: int, grid: ActivationGrid) -> tuple[Array, Array]:
             scale = down(scale_ref.at[g])
@@ -192,24 +186,24 @@ def cache_attention(
         plgpu.wait_smem_to_gmem(0)
 
     rows_out = jax.ShapeDtypeStruct((*partial, _ROWS), jnp.float32)
-    y, top, total = plgpu.kernel(
+    y, top, total = mosaic.kernel(
         kernel,
         out_type=(jax.ShapeDtypeStruct((*partial, height, n), jnp.float32), rows_out, rows_out),
         grid=(splits, kv_heads, batch),
         grid_names=("split", "head", "batch"),
         scratch_types=[
-            plgpu.SMEM((_ROWS, n), q.dtype, transforms=swizzled(k_width)),
+            plgpu.SMEM((_ROWS, n), q.dtype, transforms=mosaic.swizzled(q.dtype, k_width)),
             plgpu.SMEM((2 + k_groups, _ROWS), jnp.float32),
-            plgpu.SMEM((_TILE, n), q.dtype, transforms=swizzled(k_width)),
+            plgpu.SMEM((_TILE, n), q.dtype, transforms=mosaic.swizzled(q.dtype, k_width)),
             # Small weights times small scales would vanish in float16.
-            plgpu.SMEM((_TILE, n), jnp.bfloat16, transforms=swizzled(v_width)),
-            plgpu.SMEM((v_groups, _ROWS, _TILE), jnp.bfloat16, transforms=swizzled(v_width)),
-            plgpu.SMEM((_ROWS, n), jnp.float32, transforms=swizzled(32, jnp.float32)),
+            plgpu.SMEM((_TILE, n), jnp.bfloat16, transforms=mosaic.swizzled(jnp.bfloat16, v_width)),
+            plgpu.SMEM(
+                (v_groups, _ROWS, _TILE), jnp.bfloat16, transforms=mosaic.swizzled(jnp.bfloat16, v_width)
+            ),
+            plgpu.SMEM((_ROWS, n), jnp.float32, transforms=mosaic.swizzled(jnp.float32)),
             plgpu.SMEM((2, _ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
         ],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **({} if interpret is None else {"interpret": interpret}),
     )(queries, facts, seen, k_words, *affine[:2], v_words, *affine[2:])
     part = jnp.exp(top - jnp.max(top, axis=0, keepdims=True))[..., :rows]
     y = jnp.sum(y[..., :rows, :] * part[..., None], axis=0)
@@ -253,7 +247,8 @@ def _refuses(
     if tokens * heads > _ROWS * k_words.shape[2]:
         return f"{tokens} tokens of {heads} heads are more than {_ROWS} to a head of the cache"
     dtypes = {a.dtype for a in (k_scale, k_lo, v_scale, v_lo)}
-    if k_words.dtype != jnp.uint8 or len(dtypes) > 1 or not dtypes <= _AFFINE_DTYPES:
+    narrow = k_words.dtype == v_words.dtype == jnp.uint8
+    if not narrow or len(dtypes) > 1 or not dtypes.issubset(AFFINE_DTYPES):
         names = ", ".join(sorted(map(str, dtypes)))
         return f"it reads uint8 words, and scales and offsets all in float16 or all in float32, not {names}"
     for grid, groups in ((k_grid, k_scale.shape[3]), (v_grid, v_scale.shape[3])):

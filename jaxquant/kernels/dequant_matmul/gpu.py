@@ -13,14 +13,13 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, UInt8
 
 from jaxquant.kernels.mosaic_gpu import (
-    SWIZZLE,
+    Mosaic,
     codes_of,
     refuses_words,
     tiles_of,
     unit_of,
     without_blackwell,
     without_hopper,
-    word_layout,
 )
 from jaxquant.kernels.platform import Kernel
 
@@ -50,8 +49,8 @@ def dequant_matmul(
       blackwell: multiplies by the instruction of that generation, into tensor memory.
       interpret: as in `mosaic_gpu.kernel`: how to run where there is no GPU.
     """
-    from jax.experimental.pallas import mosaic_gpu as plgpu  # slow to import
-
+    mosaic = Mosaic(interpret)
+    plgpu, lay = mosaic.gpu, mosaic.lay
     rows, (blocks, depth, out), groups = x.shape[0], words.shape, scale.shape[0]
     per_group = blocks // groups
     tiles = tiles_of(
@@ -69,14 +68,7 @@ def dequant_matmul(
     grid = (tiles.splits, math.ceil(out / tiles.out), math.ceil(rows / tiles.rows))
     x = jnp.pad(x, ((0, grid[2] * tiles.rows - rows), (0, 0)))
     steps = blocks // tiles.blocks // tiles.splits
-    layout = word_layout(plgpu)
-
-    def lay(a: Array, where: Any) -> Array:  # the interpreter has no registers
-        return plgpu.layout_cast(a, where) if interpret is None else a
-
-    def swizzled(dtype: Any) -> tuple[Any, ...]:
-        row = SWIZZLE // jnp.dtype(dtype).itemsize
-        return plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(SWIZZLE)
+    layout = mosaic.words()
 
     def dequantize(b: int, words_ref: Any, scale_ref: Any, zero_ref: Any, weight_ref: Any) -> None:
         group = b // per_group if tiles.blocks > per_group else 0
@@ -96,11 +88,6 @@ def dequant_matmul(
 
         def tile(k: Array) -> Array:
             return split * steps + k
-
-        def group(k: Array) -> Array:
-            if tiles.blocks > per_group:
-                return tile(k)
-            return jax.lax.div(tile(k) * tiles.blocks, np.int32(per_group))
 
         def multiply(sums: Any, done: Any = None) -> None:
             def body(index: Any, x_smem: Any, words_smem: Any, scale_smem: Any, zero_smem: Any) -> None:
@@ -125,11 +112,11 @@ def dequant_matmul(
                     plgpu.BlockSpec(
                         (tiles.rows, width),
                         lambda k: (i, tile(k)),
-                        transforms=swizzled(x.dtype),
+                        transforms=mosaic.swizzled(x.dtype),
                         delay_release=1,
                     ),
                     plgpu.BlockSpec((tiles.blocks, depth, tiles.out), lambda k: (tile(k), 0, j)),
-                    *[plgpu.BlockSpec(own_groups, lambda k: (group(k), j))] * 2,
+                    *[plgpu.BlockSpec(own_groups, lambda k: (tiles.group(tile(k), per_group), j))] * 2,
                 ],
                 max_concurrent_steps=tiles.steps,
             )(x_gmem, words_gmem, scale_gmem, zero_gmem)
@@ -149,26 +136,21 @@ def dequant_matmul(
         plgpu.copy_smem_to_gmem(y_smem, y_gmem.at[split, own_rows, own_out])
         plgpu.wait_smem_to_gmem(0)
 
-    tensor_cores = (
-        [
-            plgpu.TMEM((tiles.out, tiles.rows), jnp.float32),
-            plgpu.Barrier(orders_tensor_core=True),
-        ]
-        if blackwell
-        else []
-    )
-    y = plgpu.kernel(
+    tensor_cores = []
+    if blackwell:
+        tensor_cores = [
+            plgpu.TMEM((tiles.out, tiles.rows), jnp.float32), plgpu.Barrier(orders_tensor_core=True)
+        ]  # fmt: skip
+    y = mosaic.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((tiles.splits, x.shape[0], out), y_dtype),
         grid=grid,
         grid_names=("split", "out", "rows"),
         scratch_types=[
-            plgpu.SMEM((2, width, tiles.out), x.dtype, transforms=swizzled(x.dtype)),
-            plgpu.SMEM((tiles.rows, tiles.out), y_dtype, transforms=swizzled(y_dtype)),
+            plgpu.SMEM((2, width, tiles.out), x.dtype, transforms=mosaic.swizzled(x.dtype)),
+            plgpu.SMEM((tiles.rows, tiles.out), y_dtype, transforms=mosaic.swizzled(y_dtype)),
             *tensor_cores,
         ],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **({} if interpret is None else {"interpret": interpret}),
     )(x, words, scale, zero)
     return (y[0] if tiles.splits == 1 else jnp.sum(y, axis=0).astype(x.dtype))[:rows]
 

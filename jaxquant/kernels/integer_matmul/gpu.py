@@ -12,14 +12,13 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, UInt8
 
 from jaxquant.kernels.mosaic_gpu import (
-    SWIZZLE,
+    Mosaic,
     blocks_of,
     codes_of,
     refuses_words,
     tiles_of,
     unit_of,
     without_hopper,
-    word_layout,
 )
 from jaxquant.kernels.platform import Kernel
 
@@ -53,8 +52,8 @@ def integer_matmul(
     Args:
       interpret: as in `mosaic_gpu.kernel`: how to run where there is no GPU.
     """
-    from jax.experimental.pallas import mosaic_gpu as plgpu  # slow to import
-
+    mosaic = Mosaic(interpret)
+    plgpu, lay, product = mosaic.gpu, mosaic.lay, mosaic.product
     rows, channels = x.shape
     blocks, depth, out = words.shape
     groups, x_groups = scale.shape[0], x_scale.shape[1]
@@ -78,13 +77,7 @@ def integer_matmul(
     # The last one fills up: copies are multiples of 128 bytes.
     of_pieces = jnp.stack([a.T for a in (s, lo, offset, offset)], axis=1)
 
-    layout = word_layout(plgpu)
-
-    def lay(a: Array, where: Any) -> Array:  # the interpreter has no registers
-        return plgpu.layout_cast(a, where) if interpret is None else a
-
-    def swizzled(itemsize: int) -> tuple[Any, ...]:
-        return plgpu.TilingTransform((8, SWIZZLE // itemsize)), plgpu.SwizzleTransform(SWIZZLE)
+    layout = mosaic.words()
 
     def store_codes(b: int, words_ref: Any, codes_ref: Any) -> None:
         unit = unit_of(bits, block)
@@ -105,21 +98,9 @@ def integer_matmul(
         def tile(k: Array) -> Array:
             return split * steps + k
 
-        def group(k: Array) -> Array:
-            if tiles.blocks > per_group:
-                return tile(k)
-            return jax.lax.div(tile(k) * tiles.blocks, np.int32(per_group))
-
         def along(a: Array, axis: int) -> Array:  # 0: of outputs, 1: of rows
             a = lay(a, plgpu.Layout.WGMMA.reduce(1 - axis)).astype(jnp.float32)
             return lay(jax.lax.broadcast_in_dim(a, shape, (axis,)), plgpu.Layout.WGMMA)
-
-        def product(left: Any, right: Any) -> Array:
-            def multiply(sums: Any) -> Array:
-                plgpu.wgmma(sums, left, right)
-                return sums[...]
-
-            return pl.run_scoped(multiply, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
 
         def body(
             index: Any, p_smem: Any, of_smem: Any, words_smem: Any, scale_smem: Any, zero_smem: Any, y: Array
@@ -144,10 +125,12 @@ def integer_matmul(
             body,
             grid=(steps,),
             in_specs=[
-                plgpu.BlockSpec((tiles.rows, width), lambda k: (i, tile(k)), transforms=swizzled(2)),
+                plgpu.BlockSpec(
+                    (tiles.rows, width), lambda k: (i, tile(k)), transforms=mosaic.swizzled(jnp.bfloat16)
+                ),
                 plgpu.BlockSpec((pieces, 4, tiles.rows), lambda k: (tile(k), 0, i)),
                 plgpu.BlockSpec((tiles.blocks, depth, tiles.out), lambda k: (tile(k), 0, j)),
-                *[plgpu.BlockSpec(own_groups, lambda k: (group(k), j))] * 2,
+                *[plgpu.BlockSpec(own_groups, lambda k: (tiles.group(tile(k), per_group), j))] * 2,
             ],
             max_concurrent_steps=tiles.steps,
             init_carry=lay(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA),
@@ -158,19 +141,17 @@ def integer_matmul(
         plgpu.copy_smem_to_gmem(y_smem, y_gmem.at[split, own_rows, own_out])
         plgpu.wait_smem_to_gmem(0)
 
-    y = plgpu.kernel(
+    y = mosaic.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((tiles.splits, p.shape[0], out), jnp.float32),
         grid=grid,
         grid_names=("split", "out", "rows"),
         scratch_types=[
-            plgpu.SMEM((2, width, tiles.out), jnp.bfloat16, transforms=swizzled(2)),
-            plgpu.SMEM((8, width), jnp.bfloat16, transforms=swizzled(2)),
-            plgpu.SMEM((tiles.rows, tiles.out), jnp.float32, transforms=swizzled(4)),
+            plgpu.SMEM((2, width, tiles.out), jnp.bfloat16, transforms=mosaic.swizzled(jnp.bfloat16)),
+            plgpu.SMEM((8, width), jnp.bfloat16, transforms=mosaic.swizzled(jnp.bfloat16)),
+            plgpu.SMEM((tiles.rows, tiles.out), jnp.float32, transforms=mosaic.swizzled(jnp.float32)),
             plgpu.Barrier(),
         ],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **({} if interpret is None else {"interpret": interpret}),
     )(p.astype(jnp.bfloat16), of_pieces, jnp.ones((8, width), jnp.bfloat16), words, scale, zero)
     return jnp.sum(y, axis=0)[:rows]
 
