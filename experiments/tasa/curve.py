@@ -76,10 +76,12 @@ METHODS = {
     "first blocks": Method("first"),
     "every n-th block": Method("spread"),
 }
+#: Equal for all seeds.
+CALIBRATED_BY_NOTHING = ("original", "RTN")
 BETAS = {"general": 0.0, "task": 1.0}
 UNIFORM, DRAWS = (3, 4), 3
-#: Rows of a budget without TASA are compared with TASA here.
-REFERENCE = 3.5
+#: What rows are compared with, at the same budget or else at the reference.
+BASES, REFERENCE = ("TASA", "TASA by NLL"), 3.5
 COLORS = {
     "GPTQ": "#9498a0",
     "TASA": "#4269d0",
@@ -177,7 +179,7 @@ def write(bench: Bench) -> None:
                 name,
                 f"{domain['original_nll'] + growth[0]:.4f}",
                 "{:z.4f} +- {:.4f}".format(*kl),
-                *differences(bench.rows, own, tokens),
+                *(cell for base in BASES for cell in differences(bench.rows, own, tokens, base)),
                 "{:.1f} +- {:.1f}".format(*over_tasks(100 * acc)),
                 f"{100 * acc_norm.mean():.1f}",
                 " / ".join(f"{100 * task.mean():.0f}" for task in acc),
@@ -195,11 +197,13 @@ def write(bench: Bench) -> None:
         f"{ITEMS} training rows of GSM8K and {ITEMS} windows "
         "of 128 tokens of the WikiText-2 train part; \"perplexity alone\" is beta 0, \"task alone\" beta "
         f"1. Delta: less TASA at the same budget, at {REFERENCE} bits where there is none, paired by row "
-        f"or item. Accuracy in %, mean over {', '.join(CHOICES)}, {bench.protocol['choice_items']} items "
+        "or item and averaged over seeds that both have; \"by NLL\": less TASA by NLL. Accuracy in %, mean "
+        f"over {', '.join(CHOICES)}, {bench.protocol['choice_items']} items "
         "each; by task in this order. Predicted: the sum over blocks of the table's divergences on "
         "GSM8K, as a share of the realised one.",
-        ["bits", "method", "GSM8K NLL", "GSM8K KL", "delta NLL", "delta KL", "delta acc", "acc", "acc_norm",
-         "acc by task", "WikiText-2", "C4", "predicted / realised", "runs"],
+        ["bits", "method", "GSM8K NLL", "GSM8K KL", "delta NLL", "delta KL", "delta acc",
+         "delta NLL, by NLL", "delta KL, by NLL", "delta acc, by NLL", "acc", "acc_norm", "acc by task",
+         "WikiText-2", "C4", "predicted / realised", "runs"],
         lines,
         calibration=", ".join(f"{share:.0%} {name}" for name, share in shares.items())
         + ", the searched shares, unless a row names one text",
@@ -227,16 +231,17 @@ def over_tasks(values: np.ndarray) -> tuple[float, float]:
     )
 
 
-def differences(rows: list[dict], own: list[dict], tokens: np.ndarray) -> list[str]:
-    """NLL, KL and accuracy less those of TASA, at the rows' budget or else at `REFERENCE`."""
-    tasa = {
-        budget: [row for row in rows if (row["method"], row["budget"]) == ("TASA", budget)]
+def differences(rows: list[dict], own: list[dict], tokens: np.ndarray, method: str) -> list[str]:
+    """NLL, KL and accuracy less those of a method, at the rows' budget or else at `REFERENCE`."""
+    by_budget = {
+        budget: [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
         for budget in (own[0]["budget"], REFERENCE)
     }
-    base = tasa[own[0]["budget"]] or tasa[REFERENCE]
-    seeds = {row["seed"] for row in own} & {row["seed"] for row in base}
-    base, own = ([row for row in part if row["seed"] in seeds] for part in (base, own))
-    if not seeds or own == base:
+    base = by_budget[own[0]["budget"]] or by_budget[REFERENCE]
+    if own[0]["method"] not in CALIBRATED_BY_NOTHING:
+        seeds = {row["seed"] for row in own} & {row["seed"] for row in base}
+        base, own = ([row for row in part if row["seed"] in seeds] for part in (base, own))
+    if not base or own == base:
         return [""] * 3
     apart = [average(own, solutions, metric) - average(base, solutions, metric) for metric in ("nll", "kl")]
     accuracy = 100 * (average(own, right, "acc") - average(base, right, "acc"))
