@@ -179,6 +179,7 @@ def tiles_of(
     smallest: int = 8,
     outputs: int | None = None,
     itemsizes: tuple[int, int],
+    weights: int = 2,
     kept: int = 0,
     row_bytes: int = 0,
 ) -> Tiles:
@@ -187,7 +188,8 @@ def tiles_of(
     Args:
       outputs: of a tile; `None`: 128, or 64 where 128 do not divide all.
       itemsizes: bytes of a result where inputs are not divided, and of a scale.
-      kept: bytes of shared memory beside those of two weights and a result.
+      weights: tiles of unpacked ones in shared memory at once.
+      kept: bytes of shared memory beside those of the weights and a result.
       row_bytes: what a step reads for a row beside its inputs.
     """
     blocks, _, out = words
@@ -203,7 +205,7 @@ def tiles_of(
     width, y_bytes = tile_blocks * block, 4 if splits > 1 else itemsizes[0]
     scales = itemsizes[1] * max(1, tile_blocks * groups // blocks) * tile_out
     steps = steps_of(
-        [4 * width * tile_out, y_bytes * tile_rows * tile_out, kept],
+        [2 * weights * width * tile_out, y_bytes * tile_rows * tile_out, kept],
         [width * tile_out * bits // 8, 2 * width * tile_rows, row_bytes * tile_rows, scales, scales],
         two=tile_rows <= _DECODE_ROWS,
     )

@@ -24,12 +24,13 @@ def check(*shape, scale_dtype=jnp.float16):
 
 
 # One step; a split contraction and groups of x; two groups of the weight a step; one group of x for all of
-# the weight, largest codes, tiles of rows, the last one ragged.
+# the weight, largest codes, tiles of rows, the last one ragged; more steps than are in memory at once.
 CASES = {
     "one step": (1, 1, 64, 1, 1, 64, 4, 4),
     "split": (5, 9, 64, 9, 9, 64, 4, 4),
     "groups a step": (3, 4, 64, 4, 2, 128, 3, 8),
     "tiles of rows": (70, 8, 128, 4, 1, 192, 8, 8),
+    "steps in one place": (17, 7, 64, 7, 1, 64, 1, 1),
 }
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, UInt8
 
@@ -62,7 +61,7 @@ def integer_matmul(
     pieces = width // size
     tiles = tiles_of(
         rows, words.shape, block, groups, bits, largest=_ROWS, itemsizes=(4, scale.dtype.itemsize),
-        kept=16 * width, row_bytes=16 * pieces,
+        weights=1, kept=16 * width, row_bytes=16 * pieces,
     )  # fmt: skip
     grid = (tiles.splits, out // tiles.out, math.ceil(rows / tiles.rows))
     steps = blocks // tiles.blocks // tiles.splits
@@ -103,21 +102,22 @@ def integer_matmul(
             return lay(jax.lax.broadcast_in_dim(a, shape, (axis,)), plgpu.Layout.WGMMA)
 
         def body(
-            index: Any, p_smem: Any, of_smem: Any, words_smem: Any, scale_smem: Any, zero_smem: Any, y: Array
+            _: Any, p_smem: Any, of_smem: Any, words_smem: Any, scale_smem: Any, zero_smem: Any, y: Array
         ) -> Array:
-            codes = codes_smem.at[jax.lax.rem(index[0], np.int32(2))]
             for b in range(tiles.blocks):
-                store_codes(b, words_smem, codes)
+                store_codes(b, words_smem, codes_smem)
             plgpu.commit_smem()
             for t in range(pieces):
                 own = pl.ds(t * size, size)
-                q = codes.at[own].T
+                q = codes_smem.at[own].T
                 # Columns of ones: every one of the products is the sum of the codes.
                 total = jnp.max(product(q, ones_smem.at[:, own].T), axis=1)
                 g = t * size // block // per_group if tiles.blocks > per_group else 0
                 s, lo, offset = (along(of_smem[t, n], 1) for n in range(3))
                 part = s * product(q, p_smem.at[:, own].T) + lo * along(total, 0)
                 y += along(scale_smem[g], 0) * (part - along(zero_smem[g], 0) * offset)
+            # All warps have to be through before one writes the next codes, or copies the next step here.
+            plgpu.commit_smem()
             return y
 
         own_groups = (max(1, tiles.blocks // per_group), tiles.out)
@@ -147,7 +147,7 @@ def integer_matmul(
         grid=grid,
         grid_names=("split", "out", "rows"),
         scratch_types=[
-            plgpu.SMEM((2, width, tiles.out), jnp.bfloat16, transforms=mosaic.swizzled(jnp.bfloat16)),
+            plgpu.SMEM((width, tiles.out), jnp.bfloat16, transforms=mosaic.swizzled(jnp.bfloat16)),
             plgpu.SMEM((8, width), jnp.bfloat16, transforms=mosaic.swizzled(jnp.bfloat16)),
             plgpu.SMEM((tiles.rows, tiles.out), jnp.float32, transforms=mosaic.swizzled(jnp.float32)),
             plgpu.Barrier(),
