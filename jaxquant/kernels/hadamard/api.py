@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from jaxquant.errors import UsageError
-from jaxquant.kernels.hadamard import cpu, factors, tpu
+from jaxquant.kernels.hadamard import cpu, factors, gpu, tpu
 from jaxquant.kernels.platform import Backend, by_platform
 from jaxquant.linalg import base_order
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxquant.quant import ActivationGrid
 
 _hadamard_quantize = by_platform(
-    factors.hadamard_quantize, {"cpu": [cpu.KERNEL], "tpu": [tpu.KERNEL]}, rows=1
+    factors.hadamard_quantize, {"cpu": [cpu.KERNEL], "tpu": [tpu.KERNEL], "cuda": [gpu.KERNEL]}, rows=1
 )
 
 
@@ -35,9 +35,9 @@ def hadamard_quantize(
       x: activations, leading axes are free.
       grid: what y is quantized with.
       block: channels that are transformed together.
-      backend: `"portable"` is XLA's, everywhere; `"kernel"` is C++ on CPUs, Pallas on TPUs. `None`: as
-        `kernels.use_backend` says, else the kernel, where the program is lowered for such a device and it
-        takes these arrays.
+      backend: `"portable"` is XLA's, everywhere; `"kernel"` is C++ on CPUs, Pallas on TPUs and GPUs
+        (Hopper). `None`: as `kernels.use_backend` says, else the kernel, where the program is lowered for
+        such a device and it takes these arrays.
 
     Raises:
       UsageError: blocks or groups that do not divide the channels, an order without a matrix, an x that is
