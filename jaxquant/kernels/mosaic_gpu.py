@@ -62,9 +62,17 @@ class Mosaic:
 
         return pl.run_scoped(multiply, self.gpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
 
-    def kernel(self, body: Callable[..., None], **options: Any) -> Callable[..., Any]:
-        """`mosaic_gpu.kernel`, whose body names the layouts of registers itself."""
-        semantics = self.gpu.CompilerParams(lowering_semantics=self.gpu.LoweringSemantics.Lane)
+    def kernel(
+        self, body: Callable[..., None], *, barriers: bool = True, **options: Any
+    ) -> Callable[..., Any]:
+        """`mosaic_gpu.kernel`, whose body names the layouts of registers itself.
+
+        Args:
+          barriers: around every access to shared memory; otherwise the body has those that it needs.
+        """
+        semantics = self.gpu.CompilerParams(
+            lowering_semantics=self.gpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=not barriers
+        )
         if self._interpret is not None:
             options["interpret"] = self._interpret
         return self.gpu.kernel(body, compiler_params=semantics, **options)

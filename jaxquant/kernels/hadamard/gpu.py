@@ -18,9 +18,9 @@ from jaxquant.linalg import base_order, hadamard
 if TYPE_CHECKING:
     from jaxquant.quant import ActivationGrid
 
-# Channels of a slice, as many as threads; slices that `wgmma` multiplies at once.
-_SLICE, _TILE = 128, 64
-# Floats from a slice to the next one, so that 8 of them begin in different banks.
+# Channels of a slice, as many as threads; slices that `wgmma` multiplies, and that are copied, at once.
+_SLICE, _TILE, _ALIGNED = 128, 64, 8
+# Floats from a slice to the next one, so that stores of 8 slices meet in no bank.
 _STRIDE = _SLICE + 8
 # Orders of factors whose values are in registers at once: of doublings, and of what is left.
 _DOUBLED, _LARGEST_BASE = 16, 44
@@ -29,12 +29,12 @@ _DOUBLED, _LARGEST_BASE = 16, 44
 def hadamard_quantize(
     x: Float[Array, "rows n"], *, grid: ActivationGrid, block: int, interpret: Any = None
 ) -> tuple[UInt8[Array, "rows n"], Float[Array, "rows groups"], Float[Array, "rows groups"]]:
-    """As `reference`, in float32; x is bfloat16 or float16.
+    """As `reference`, in float32; x is bfloat16 or float16, and NaN where a slice holds NaN or infinity.
 
     The matrix is `A (x) B`, B of the order of a slice (several smaller ones, where blocks are). Products of x
     and signs are exact, so B is multiplied by tensor cores; A, in float32, by its own Kronecker factors:
     thread t adds up channel t of the slices of a block, which wait in shared memory. A program has one row of
-    x, or as many as fill a tile of slices.
+    x, or several that a tile has room for.
 
     Args:
       interpret: as in `mosaic_gpu.kernel`: how to run where there is no GPU.
@@ -43,19 +43,15 @@ def hadamard_quantize(
     plgpu, lay = mosaic.gpu, mosaic.lay
     rows, n = x.shape
     groups, slices = grid.groups(n), n // _SLICE
-    size, own_rows = n // groups, _rows(rows, n)
-    own, tiles = own_rows * slices, pl.cdiv(own_rows * slices, _TILE)
-    programs = pl.cdiv(rows, own_rows)
+    size, (own_rows, aligned, tiles) = n // groups, _plan(rows, n)
+    own, programs = own_rows * slices, pl.cdiv(rows, own_rows)
     # Groups of a slice, or slices of a group.
     parts, run = max(1, _SLICE // size), max(1, size // _SLICE)
     order = min(block, _SLICE)
     within = np.kron(np.eye(_SLICE // order), hadamard(order))
-    # Copies go by 8 slices; those behind the last row read zeros, and write nothing.
     flat = x.reshape(-1, _SLICE)
-    flat = jnp.pad(flat, ((0, -len(flat) % 8), (0, 0)))
-    by_lane = plgpu.Layout.WG_STRIDED((_SLICE,), vec_size=1)
-
-    channels = pl.ds(0, _SLICE)
+    flat = jnp.pad(flat, ((0, -len(flat) % _ALIGNED), (0, 0)))
+    by_lane, channels = plgpu.Layout.WG_STRIDED((_SLICE,), vec_size=1), pl.ds(0, _SLICE)
 
     def codes_of(y: Array, scale: Array, lo: Array) -> Array:
         places = (y - lo) / jnp.where(scale == 0, 1.0, scale)
@@ -67,19 +63,21 @@ def hadamard_quantize(
         scale_smem, lo_smem, barrier,
     ):  # fmt: skip
         program = jax.lax.axis_index("rows")
+        first = program * own
+        before = np.int32(0) if aligned else jax.lax.rem(first, np.int32(_ALIGNED))
 
         def tile(t: Array) -> Any:
             return pl.ds(t * _TILE, _TILE)
 
         def lanes(i: Array) -> Array:
-            return lay(y_smem[i, channels], by_lane)
+            return lay(y_smem[before + i, channels], by_lane)
 
         plgpu.copy_gmem_to_smem(within_gmem, within_smem, barrier)
         plgpu.barrier_wait(barrier)
 
         @pl.loop(0, tiles)
         def _(t: Array) -> None:
-            plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(program * own + t * _TILE, _TILE)], x_smem, barrier)
+            plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(first - before + t * _TILE, _TILE)], x_smem, barrier)
             plgpu.barrier_wait(barrier)
             y_smem[tile(t), channels] = mosaic.product(x_smem, within_smem) * block**-0.5
             # All warps have to be through before the next tile comes to the same place.
@@ -93,17 +91,12 @@ def hadamard_quantize(
             def _(g: Array, factor: int = factor, stride: int = stride, signs: np.ndarray = signs) -> None:
                 outer, inner = jax.lax.div(g, np.int32(stride)), jax.lax.rem(g, np.int32(stride))
                 places = [outer * (factor * stride) + inner + i * stride for i in range(factor)]
-                y = [lanes(place) for place in places]
-                for place, column in zip(places, signs.T, strict=True):
-                    y_smem[place, channels] = functools.reduce(
-                        lambda total, term: total + term[0] if term[1] > 0 else total - term[0],
-                        zip(y[1:], column[1:], strict=True),
-                        y[0],
-                    )
+                for place, y in zip(places, _times(signs, [lanes(place) for place in places]), strict=True):
+                    y_smem[before + place, channels] = y
 
             stride *= factor
 
-        if size < _SLICE:
+        if size <= _SLICE:
             plgpu.commit_smem()
 
             @pl.loop(0, tiles)
@@ -133,8 +126,9 @@ def hadamard_quantize(
 
         @pl.loop(0, own)
         def _(i: Array) -> None:
+            g = before + i if size <= _SLICE else jax.lax.div(i, np.int32(run))
+
             def own_group(ref: Any) -> Array:
-                g = jax.lax.div(i, np.int32(run))
                 value = jnp.full(_SLICE, ref[0, g])
                 for part in range(1, parts):
                     value = jnp.where(part_of == part, ref[part, g], value)
@@ -143,7 +137,7 @@ def hadamard_quantize(
             codes_smem[i] = codes_of(lanes(i), own_group(scale_smem), own_group(lo_smem))
 
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(codes_smem.at[pl.ds(0, own)], codes_gmem.at[pl.ds(program * own, own)])
+        plgpu.copy_smem_to_gmem(codes_smem.at[pl.ds(0, own)], codes_gmem.at[pl.ds(first, own)])
         plgpu.copy_smem_to_gmem(scale_smem, scale_gmem.at[program])
         plgpu.copy_smem_to_gmem(lo_smem, lo_gmem.at[program])
         plgpu.wait_smem_to_gmem(0)
@@ -152,7 +146,9 @@ def hadamard_quantize(
     of_programs = jax.ShapeDtypeStruct((programs, *per_group), jnp.float32)
     codes, scale, lo = mosaic.kernel(
         kernel,
-        out_type=(jax.ShapeDtypeStruct(flat.shape, jnp.uint8), of_programs, of_programs),
+        # Most of what a thread reads it has written itself.
+        barriers=False,
+        out_type=(jax.ShapeDtypeStruct((rows * slices, _SLICE), jnp.uint8), of_programs, of_programs),
         grid=(programs,),
         grid_names=("rows",),
         scratch_types=[
@@ -167,10 +163,29 @@ def hadamard_quantize(
     )(flat, jnp.asarray(within, x.dtype))
 
     def by_row(a: Array) -> Array:
-        a = a[:, :, : own // run].swapaxes(1, 2)
-        return a.reshape(-1, groups)[:rows]
+        own_groups = np.arange(own // run)[None, None]  # [programs or 1, 1, groups]
+        if size <= _SLICE and not aligned:
+            own_groups = own_groups + np.arange(programs)[:, None, None] * own % _ALIGNED
+        return jnp.take_along_axis(a, own_groups, axis=2).swapaxes(1, 2).reshape(-1, groups)[:rows]
 
-    return codes[: rows * slices].reshape(rows, n), by_row(scale), by_row(lo)
+    return codes.reshape(rows, n), by_row(scale), by_row(lo)
+
+
+def _times(signs: np.ndarray, y: list[Array]) -> list[Array]:
+    """The product with a Hadamard matrix: by butterflies, where there is no odd part."""
+    order = len(y)
+    if base_order(order) == 1:
+        for bit in (2**k for k in range(order.bit_length() - 1)):
+            y = [y[i ^ bit] - y[i] if i & bit else y[i] + y[i ^ bit] for i in range(order)]
+        return y
+    return [
+        functools.reduce(
+            lambda total, term: total + term[0] if term[1] > 0 else total - term[0],
+            zip(y[1:], column[1:], strict=True),
+            y[0],
+        )
+        for column in signs.T
+    ]
 
 
 def _factors(block: int) -> list[int]:
@@ -183,14 +198,20 @@ def _factors(block: int) -> list[int]:
     return [factor for factor in (base, *powers) if factor > 1]
 
 
-def _rows(rows: int, n: int) -> int:
-    """Of x, in a program: as many as a tile has room for."""
-    most = max(1, min(rows, _TILE * _SLICE // n))
-    return next((count for count in range(most, 0, -1) if count * n % (8 * _SLICE) == 0), most)
+def _plan(rows: int, n: int) -> tuple[int, bool, int]:
+    """Rows of a program, as many as a tile has room for; whether its slices begin where copies do; tiles.
+
+    Copies of x begin at multiples of 8 slices: otherwise, those before a program's own come along.
+    """
+    slices = n // _SLICE
+    most = max(1, min(rows, _TILE // slices))
+    own = next((count for count in range(most, 0, -1) if count * slices % _ALIGNED == 0), most)
+    aligned = own >= rows or own * slices % _ALIGNED == 0
+    return own, aligned, pl.cdiv(own * slices + (0 if aligned else _ALIGNED - 1), _TILE)
 
 
 def _shared_bytes(rows: int, n: int, size: int) -> int:
-    slices = -(-_rows(rows, n) * n // _SLICE // _TILE) * _TILE
+    slices = _plan(rows, n)[2] * _TILE
     groups = 4 * max(1, _SLICE // size) * slices
     return shared_bytes(
         2 * _TILE * _SLICE, 2 * _SLICE**2, 4 * slices * _STRIDE, slices * _SLICE, groups, groups
