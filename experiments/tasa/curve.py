@@ -82,13 +82,16 @@ BETAS = {"general": 0.0, "task": 1.0}
 UNIFORM, DRAWS = (3, 4), 3
 #: What rows are compared with, at the same budget or else at the reference.
 BASES, REFERENCE = ("TASA", "TASA by NLL"), 3.5
+#: In the picture.
 COLORS = {
-    "GPTQ": "#9498a0",
-    "TASA": "#4269d0",
-    "TASA + bits by group": "#a463f2",
-    "perplexity alone": "#efb118",
-    "task alone": "#ff725c",
-    "random": "#3ca951",
+    "RTN": "#c9ccd1",
+    "GPTQ": "#6c7178",
+    "AWQ": "#3ca951",
+    "TASA": "#97bbf5",
+    "TASA by NLL": "#4269d0",
+    "perplexity alone": "#f7dc94",
+    "perplexity alone by NLL": "#efb118",
+    "random": "#a463f2",
 }
 
 
@@ -252,23 +255,24 @@ def differences(rows: list[dict], own: list[dict], tokens: np.ndarray, method: s
 
 
 def draw_curve(bench: Bench) -> None:
-    tokens = np.array(bench.protocol["domains"]["gsm8k"]["tokens"])
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for name, color in COLORS.items():
-        points: dict[float, list[float]] = {}
-        for row in bench.rows:
-            if row["method"] == name:
-                points.setdefault(row["effective_bits"], []).append(
-                    per_token(solutions(row, "kl"), tokens)[0]
-                )
-        bits = sorted(points)
-        if not bits:
-            continue
-        axis.plot(bits, [np.mean(points[b]) for b in bits], "o-", ms=4, lw=1, color=color, label=name)
-    axis.set(xlabel="effective bits", ylabel="KL from the original on GSM8K solutions, nats", yscale="log")
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
-    figure.tight_layout()
+    domain = bench.protocol["domains"]["gsm8k"]
+    tokens, original = np.array(domain["tokens"]), domain["original_nll"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, metric, least in zip(axes, ("nll", "kl"), (original, 0.0), strict=True):
+        for name, color in COLORS.items():
+            points: dict[float, list[float]] = {}
+            for row in bench.rows:
+                if row["method"] == name:
+                    loss = least + per_token(solutions(row, metric), tokens)[0]
+                    points.setdefault(row["effective_bits"], []).append(loss)
+            bits = sorted(points)
+            axis.plot(bits, [np.mean(points[b]) for b in bits], "o-", ms=4, lw=1, color=color, label=name)
+        axis.set(xlabel="effective bits", ylabel=f"{metric.upper()} on GSM8K solutions, nats a token")
+        axis.grid(alpha=0.25)
+    axes[0].axhline(original, color="black", lw=0.8, ls=":", label="original")
+    axes[1].set_yscale("log")
+    axes[0].set_ylim(original - 0.05, 2.6)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.savefig(RESULTS / "curve.png", dpi=120)
 
 
