@@ -271,7 +271,6 @@ def draw_curve(bench: Bench) -> None:
         axis.grid(alpha=0.25)
     axes[0].axhline(original, color="black", lw=0.8, ls=":", label="original")
     axes[1].set_yscale("log")
-    axes[0].set_ylim(original - 0.05, 2.6)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.savefig(RESULTS / "curve.png", dpi=120)
 

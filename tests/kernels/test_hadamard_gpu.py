@@ -60,6 +60,14 @@ def test_equals_float64(shape, grid, dtype, seed):
     equals(shape, grid, dtype, seed)
 
 
+@interpreted
+@pytest.mark.slow
+def test_nan_stays_in_its_slice():
+    x, grid = activations(1, 256, jnp.bfloat16).at[0, 3].set(jnp.nan), ActivationGrid(group_size=64)
+    _, scale, _ = gpu.hadamard_quantize(x, grid=grid, block=64, interpret=strict())
+    np.testing.assert_array_equal(np.isfinite(scale), [[False, False, True, True]])
+
+
 def test_programs_begin_where_copies_do():
     """TMA drops what is left of a division by 8, which no interpreter shows."""
     for rows, slices in itertools.product((1, 2, 7, 8, 9, 64, 300), range(1, 230)):

@@ -106,7 +106,6 @@ def hadamard_quantize(
                     scale, lo = grid.of_range(jnp.min(y, axis=1), jnp.max(y, axis=1))
                     scale_smem[part, tile(t)], lo_smem[part, tile(t)] = scale, lo
 
-            plgpu.commit_smem()
         else:
 
             @pl.loop(0, own // run)
@@ -120,8 +119,7 @@ def hadamard_quantize(
                 scale, lo = grid.of_range(jnp.min(low), jnp.max(high))
                 scale_smem[0, g], lo_smem[0, g] = scale, lo
 
-            plgpu.commit_smem()
-
+        plgpu.commit_smem()
         part_of = plgpu.broadcasted_iota(jnp.int32, (_SLICE,), 0, layout=by_lane) // size
 
         @pl.loop(0, own)
@@ -163,10 +161,12 @@ def hadamard_quantize(
     )(flat, jnp.asarray(within, x.dtype))
 
     def by_row(a: Array) -> Array:
-        own_groups = np.arange(own // run)[None, None]  # [programs or 1, 1, groups]
-        if size <= _SLICE and not aligned:
-            own_groups = own_groups + np.arange(programs)[:, None, None] * own % _ALIGNED
-        return jnp.take_along_axis(a, own_groups, axis=2).swapaxes(1, 2).reshape(-1, groups)[:rows]
+        if size > _SLICE or aligned:
+            a = a[:, :, : own // run]
+        else:
+            starts = np.arange(programs) * own % _ALIGNED
+            a = jnp.take_along_axis(a, (starts[:, None] + np.arange(own))[:, None], axis=2)
+        return a.swapaxes(1, 2).reshape(-1, groups)[:rows]
 
     return codes.reshape(rows, n), by_row(scale), by_row(lo)
 
