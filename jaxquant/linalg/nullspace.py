@@ -7,6 +7,7 @@ routes without an eigendecomposition are our generalization.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -44,6 +45,7 @@ class HardNullSpace:
         return jnp.matmul(self.basis, jnp.swapaxes(self.basis, -1, -2), precision="highest")
 
 
+@functools.partial(jax.jit, static_argnames="deflate", inline=True)
 def deflated_mean(h: Float[Array, "n n"], *, deflate: int | None = None) -> Float[Array, ""]:
     """Mean eigenvalue of `H` without its largest ones, `(tr H - sum of the top r eigenvalues) / n`.
 
@@ -87,6 +89,7 @@ def hard_null_space(
     return _tail(eigenvalues * unit, vectors[:, order], total * unit, gamma, finite)
 
 
+@functools.partial(jax.jit, static_argnames=("rank", "steps", "deflate"), inline=True)
 def tail_null_space(
     factor: DampedFactor,
     *,
@@ -127,6 +130,7 @@ def tail_null_space(
     return _tail(jnp.maximum(energies - damping, 0), vectors, total, gamma, usable)
 
 
+@functools.partial(jax.jit, static_argnames="deflate", inline=True)
 def soft_null_space(
     h: Float[Array, "n n"],
     *,
@@ -157,6 +161,7 @@ def soft_null_space(
     return anti_shift(jnp.where(finite, g, 0), mu2)
 
 
+@functools.partial(jax.jit, static_argnames="deflate", inline=True)
 def soft_from_factor(
     factor: DampedFactor,
     *,

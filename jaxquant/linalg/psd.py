@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,7 @@ def upper_cholesky(h: Float[Array, "n n"]) -> Float[Array, "n n"]:
     return a
 
 
+@functools.partial(jax.jit, inline=True)
 def damped_factor(h: Float[Array, "n n"], percdamp: float | Array = 0.01) -> DampedFactor:
     """`upper_cholesky(H + damping * mean(diag H) * I)` with a retry ladder.
 

@@ -49,6 +49,7 @@ def softmax_infinity(
     return (grouped.shape[1] * jax.nn.softmax(relative / jnp.asarray(tau, a.dtype), axis=1)).reshape(a.shape)
 
 
+@functools.partial(jax.jit, inline=True)
 def osaq_primal(
     weight: Float[Array, "in out"],
     basis: Float[Array, "in k"],
@@ -87,6 +88,7 @@ def osaq_primal(
     return -jnp.matmul(basis, b.T, precision="highest")
 
 
+@functools.partial(jax.jit, inline=True)
 def osaq_kernel(
     weight: Float[Array, "in out"], g: Float[Array, "in in"], s: Float[Array, "in out"]
 ) -> Float[Array, "in out"]:
@@ -109,6 +111,7 @@ def osaq_kernel(
     return -jnp.matmul(g, z.T, precision="highest")
 
 
+@functools.partial(jax.jit, static_argnames=("support", "groups", "tolerance"), inline=True)
 def osaq_top(
     weight: Float[Array, "in out"],
     g: Float[Array, "in in"],
@@ -174,6 +177,7 @@ def osaq_top(
     return -jnp.matmul(z, g, precision="highest").T
 
 
+@functools.partial(jax.jit, static_argnames=("grid", "support", "steps"), inline=True)
 def osaq_delta(
     weight: Float[Array, "in out"],
     g: Float[Array, "in in"],

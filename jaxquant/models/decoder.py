@@ -10,6 +10,7 @@ kernels the values it stands for.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -192,6 +193,8 @@ def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
     return normed.astype(x.dtype) * weight.astype(x.dtype)
 
 
+# Inlined where it is traced; without `jit` its scan would be compiled at every call.
+@functools.partial(jax.jit, static_argnames=("config", "taps", "reduce", "remat"), inline=True)
 def _run(
     params: Params,
     config: ModelConfig,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -195,6 +196,8 @@ class Grid:
         denominator = 0.5 if self.bits == 1 else _DENOMINATOR[self.convention](self.bits)
         return self.storable(extreme / denominator), None
 
+    # Inlined where it is traced; without `jit` its loops would be compiled at every call.
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
     def _search(self, g: Array, lo: Array, hi: Array) -> tuple[Array, Array | None]:
         shifts = (0.0, -1.0, 1.0) if not self.symmetric and self.bits <= 2 else (0.0,)
         length = g.shape[-2]
