@@ -92,7 +92,7 @@ class Bench:
     def add(self, key: dict, params: Any, config: Any, facts: dict) -> None:
         """Evaluates a model and adds its row, with `facts`."""
         results = {name: perplexity(params, config, batch) for name, batch in self.windows.items()}
-        self.rows.append({
+        self.keep({
             **key,
             **facts,
             "perplexity": {name: result.perplexity for name, result in results.items()},
@@ -100,6 +100,10 @@ class Bench:
         })  # fmt: skip
         figures = ", ".join(f"{name} {value:.2f}" for name, value in self.rows[-1]["perplexity"].items())
         print(f"{key}: {figures}", flush=True)
+
+    def keep(self, row: dict) -> None:
+        """Adds a row as it is, and writes all of them."""
+        self.rows.append(row)
         self.path.parent.mkdir(exist_ok=True)
         report = {"protocol": self.protocol, "rows": self.rows}
         self.path.write_text(json.dumps(report, indent=1) + "\n")

@@ -3,10 +3,10 @@
     python experiments/fine/observation.py --data DIR [--bits 8 4 3 2] [--methods NAME ...] [--blocks N ...]
 
 DIR as for experiments/osaq/table.py, whose pipeline, grids and windows these are. (a) Every method at every
-width, against the original: all of `jaxquant smoothness`, and candidates by two more rules, on 16 windows of
+width, against the original: all of `jaxquant smoothness`, and candidates by two more rules, on 8 windows of
 256 tokens of WikiText-2 test. (b) Does what the gradients lose foretell what the candidates lose? Rank
 correlations over those models, and over models of which one block alone is quantized (`--blocks`, at 4 bits
-and less, on 8 windows; without a number none). Rows are added to results/observation.json one by one; those
+and less; without a number none). Rows are added to results/observation.json one by one; those
 already there are kept. results/observation.md and .png are made from the JSON.
 """
 
@@ -43,7 +43,7 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = {"RTN": "rtn", "GPTQ": "gptq", "OSAQ + GPTQ": "osaq-gptq"}
-WINDOWS, TOKENS, ONE_BLOCK_WINDOWS = 16, 256, 8
+WINDOWS, TOKENS = 8, 256
 # What is kept of every window, for paired differences.
 BY_WINDOW = ("gradient_ratio", "gradient_cosine", "candidate_retention", "tree_retention", "tree_sparsity")
 PANELS = {
@@ -65,11 +65,11 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments.data, RESULTS / "observation.json")
     original, config = load_params(bench.source), bench.source.config
-    windows = bench.windows["wikitext2"].reshape(-1, TOKENS)
+    windows = bench.windows["wikitext2"].reshape(-1, TOKENS)[:WINDOWS]
     tokens = bench.calibration(0)
 
     def also(params: Any, own: Any) -> dict:
-        return measured((params, own), (original, config), windows[:WINDOWS])
+        return measured((params, own), (original, config), windows)
 
     for bits in arguments.bits:
         for method in arguments.methods:
@@ -90,7 +90,7 @@ def main() -> None:
         if bench.has(key):
             continue
         params = quantize_one(recipe_of(key["method"], key["bits"]), key["block"])
-        facts = measured((params, config), (original, config), windows[:ONE_BLOCK_WINDOWS])
+        facts = measured((params, config), (original, config), windows)
         bench.add(key, params, config, facts)
         write(bench)
 
@@ -157,7 +157,10 @@ def write(bench: Bench) -> None:
         ]
         for row in whole
     ]
-    about = "Asymmetric grids, groups of 64, clip search; +- standard errors over 16 windows of 256 tokens."
+    about = (
+        "Asymmetric grids, groups of 64, clip search; "
+        f"+- standard errors over {WINDOWS} windows of {TOKENS} tokens."
+    )
     if whole:
         raw = ", ".join(
             f"{label} {cell(whole[0], f'{name}_reference')}"

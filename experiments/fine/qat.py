@@ -1,14 +1,15 @@
 """Training at 1 to 2 bits with and without each smoothness loss: equal steps, equal tokens, equal compute.
 
-    python experiments/fine/qat.py [--model tiny] [--grids W2 ...] [--seeds 0 1 2] [--steps 300]
+    python experiments/fine/qat.py [--model tiny] [--grids W2 ...] [--seeds 0 1 2] [--steps 300] [--windows N]
     python experiments/fine/qat.py --model smollm2-135m --data DIR --grids W2 --seeds 0 --steps 40
 
 `tiny` is trained on the embedded corpus and judged on its held-out part; SmolLM2-135M on the WikiText-2 train
 part of DIR from the integers of GPTQ, and judged on the first WINDOWS test windows. A row is one run: KL from
 the original and perplexity on held-out text, ratio and cosine of input gradients. "longer" rows are
 distillation alone for as much time as the smoothness loss of that name takes: the price of a step is measured
-first, all kinds in turn. Rows are added to results/qat.json one by one; those already there are kept.
-results/qat.md is made from the JSON.
+first, all kinds in turn. With `--windows` the text is scarce: steps go round N windows instead of reading new
+ones, and the layer loss, whose moments come from text of their own, is left out. Rows are added to
+results/qat.json one by one; those already there are kept. results/qat.md is made from the JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import sys
@@ -139,10 +141,9 @@ class Bench:
         begun, seed, steps = time.monotonic(), key["seed"], key["run_steps"]
         options = self.options(loss, seed, max(steps, 1))
         if steps:
-            student = train(
-                (student, self.config), (self.params, self.config),
-                self.windows(steps * self.batch, seed), options, outputs=self.outputs,
-            )  # fmt: skip
+            tokens = self.windows(key["windows"] or steps * self.batch, seed)
+            teacher = (self.params, self.config)
+            student = train((student, self.config), teacher, tokens, options, outputs=self.outputs)
         packed = packed_params(student)
         apart = divergence(packed, self.params, self.config, self.config, self.held_out)
         smooth = gradient_comparison((packed, self.config), (self.params, self.config), self.held_out)
@@ -174,10 +175,13 @@ def main() -> None:
     parser.add_argument("--grids", nargs="+", default=["W2", "W1.58", "W1"], metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--windows", type=int, metavar="N")
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES)
     arguments = parser.parse_args()
     if (arguments.data is None) != (arguments.model == "tiny"):
         parser.error("--data belongs to smollm2-135m, and tiny needs none")
+    if arguments.windows is not None and "layer" in arguments.losses:
+        arguments.losses.remove("layer")
     bench = Bench(arguments.model, arguments.data, arguments.steps)
     prices = bench.prices()
     print("time of a step:", {loss: round(price, 2) for loss, price in prices.items()}, flush=True)
@@ -193,7 +197,7 @@ def main() -> None:
             student = None
             for row, loss, steps in runs:
                 key = {"model": arguments.model, "grid": name, "row": row, "steps": arguments.steps,
-                       "seed": seed}  # fmt: skip
+                       "windows": arguments.windows, "seed": seed}  # fmt: skip
                 if bench.has(key):
                     continue
                 student = student or bench.start(bench.grids[name], seed)
@@ -203,8 +207,12 @@ def main() -> None:
 
 def write(bench: Bench) -> None:
     lines = []
-    for key in sorted({(row["model"], row["steps"], row["grid"]) for row in bench.rows}):
-        of_key = [row for row in bench.rows if (row["model"], row["steps"], row["grid"]) == key]
+
+    def key_of(row: dict) -> tuple:
+        return row["model"], row["steps"], row["grid"], row.get("windows") or math.inf
+
+    for key in sorted(set(map(key_of, bench.rows))):
+        of_key = [row for row in bench.rows if key_of(row) == key]
         for name in dict.fromkeys(row["row"] for row in of_key):
             own = [row for row in of_key if row["row"] == name]
             cells = [
@@ -212,15 +220,17 @@ def write(bench: Bench) -> None:
                 for k in ("kl", "perplexity", "top1", "gradient_ratio", "gradient_cosine")
             ]
             steps = f"{statistics.fmean(row['run_steps'] for row in own):.0f}"
-            lines.append([key[0], key[2], name, steps, *cells, str(len(own))])
-    columns = ["model", "grid", "loss", "steps", "KL", "perplexity", "top-1", "gradient ratio",
+            text = "new" if key[3] == math.inf else str(key[3])
+            lines.append([key[0], key[2], name, text, steps, *cells, str(len(own))])
+    columns = ["model", "grid", "loss", "windows", "steps", "KL", "perplexity", "top-1", "gradient ratio",
                "gradient cosine", "seeds"]  # fmt: skip
     text = [
         "# Training at 1 to 2 bits, with and without smoothness losses",
         "",
         "Held-out text, against the original; mean over seeds of windows and noise, +- standard deviation. "
         "`start`: before training. `longer (x)`: without a smoothness loss, for as many steps as fit the time"
-        " of x. The smoothness term weighs .2 of the KL.",
+        " of x. Windows: how many the steps go round; new ones at every step otherwise. The smoothness term "
+        "weighs .2 of the KL.",
         "",
         f"| {' | '.join(columns)} |",
         "|" + " --- |" * 3 + " ---: |" * (len(columns) - 3),
