@@ -41,7 +41,8 @@ class Bench:
             for name, file in texts.items()
         }
         self.train = self.data / "wikitext2" / "wiki.train.part.raw"
-        self.rows: list[dict] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+        stored = json.loads(self.path.read_text()) if self.path.exists() else {"rows": []}
+        self.rows: list[dict] = stored["rows"]
         params = load_params(self.source)
         self.protocol = {
             "model": self.source.name,
@@ -57,6 +58,9 @@ class Bench:
                 n: perplexity(params, config, batch).perplexity for n, batch in self.windows.items()
             },
         }
+        for key in self.protocol.keys() - {"versions", "original"} if self.rows else ():
+            if stored["protocol"].get(key) != self.protocol[key]:
+                raise SystemExit(f"{self.path} has rows of another {key}; move it away to begin anew")
 
     def calibration(self, seed: int, text: Path | None = None, samples: int = SAMPLES):
         tokenizer, config = self.source.tokenizer(), self.source.config

@@ -107,11 +107,11 @@ def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
         "effective_bits": summary["effective_bits"],
         "bytes_before": summary["source_bytes"],
         "bytes_after": summary["disk_bytes"],
-        "calibration": calibration["text"],
+        "calibration": calibration.get("text", "tokens of a text that has no name here"),
         "samples": calibration["samples"],
         "seqlen": calibration["seqlen"],
         "tokens": calibration["samples"] * calibration["seqlen"],
-        "seed": calibration["seed"],
+        "seed": calibration.get("seed", "unknown"),
         "seconds": summary["seconds"],
         "versions": manifest["versions"],
     }
@@ -295,7 +295,7 @@ def bench(name: str, *, prompt: int, tokens: int, repeats: int, backend: str | N
     """`measure_speed` of a model or quantized folder, and its name.
 
     Raises:
-      UsageError: an unknown backend, or `"kernel"` where one is missing.
+      UsageError: an unknown backend.
       InputError: a prompt and tokens longer than the model's context.
     """
     check_backend(backend)

@@ -95,12 +95,6 @@ def measure_sensitivity(
     """
     if not domains or not recipes:
         raise UsageError("sensitivity needs a domain and a recipe at least")
-    for recipe in recipes.values():
-        whole = recipe.folds or recipe.finishes or recipe.surgery or recipe.precision != EXACT
-        if whole or recipe.keeps or recipe.needs_gradients:
-            raise UsageError(
-                f"sensitivity: {recipe} does more than round linears; use rtn, gptq or osaq-gptq"
-            )
     # Small losses drown in the rounding of half-precision activations.
     config = dataclasses.replace(source.config, dtype="float32")
     units = units_of(config, unit)
@@ -178,7 +172,17 @@ def table_facts(
     unit: Unit,
     describe: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What tells one table from another; arguments as in `measure_sensitivity`."""
+    """What tells one table from another; arguments as in `measure_sensitivity`.
+
+    Raises:
+      UsageError: a recipe does more than round linears.
+    """
+    for recipe in recipes.values():
+        whole = recipe.folds or recipe.finishes or recipe.surgery or recipe.precision != EXACT
+        if whole or recipe.keeps or recipe.needs_gradients:
+            raise UsageError(
+                f"sensitivity: {recipe} does more than round linears; use rtn, gptq or osaq-gptq"
+            )
     facts = {
         "model": {"name": source.name, "fingerprint": source.fingerprint()},
         "recipes": {str(bits): recipe.to_dict() for bits, recipe in sorted(recipes.items())},

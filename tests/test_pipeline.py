@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from small_model import CONFIG, MemorySource, run
 
+from jaxquant import jobs
 from jaxquant.calibrate.fisher import fisher_weights, output_moments
 from jaxquant.calibrate.moments import observe
 from jaxquant.errors import InputError, NonFiniteError, UsageError
@@ -569,3 +570,8 @@ def test_fine_needs_gradients():
         FINE(strength=-1)
     with pytest.raises(UsageError, match="unknown objective 'forward'; use loss or backward"):
         FINE(objective="forward")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_run_from_python_is_reported(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "q")
+    assert "a text that has no name here" in jobs.report(folder).read_text()

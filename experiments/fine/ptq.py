@@ -104,7 +104,7 @@ def compare(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, float]:
 
     def distinct(tokens: list[int], n: int) -> float:
         runs = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-        return len(set(runs)) / max(len(runs), 1)
+        return len(set(runs)) / len(runs) if runs else 1.0
 
     def together(a: list[int], b: list[int]) -> float:
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))

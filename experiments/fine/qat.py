@@ -7,9 +7,9 @@
 part of DIR from the integers of GPTQ, and judged on the first WINDOWS test windows. A row is one run: KL from
 the original and perplexity on held-out text, ratio and cosine of input gradients. "longer" rows are
 distillation alone for as much time as the smoothness loss of that name takes: the price of a step is measured
-first, all kinds in turn. With `--windows` the text is scarce: steps go round N windows instead of reading new
-ones, and the layer loss, whose moments come from text of their own, is left out. Rows are added to
-results/qat.json one by one; those already there are kept. results/qat.md is made from the JSON.
+first, all kinds in turn (the moments of the layer loss, taken once, are not counted). With `--windows` the
+text is scarce: N windows; the layer loss, whose moments come from other windows, is left out. Rows are added
+to results/qat.json one by one; those already there are kept. results/qat.md is made from the JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import statistics
 import sys
@@ -35,7 +34,7 @@ import numpy as np
 from windows import mean
 
 from jaxquant.calibrate.fisher import output_moments
-from jaxquant.calibrate.text import eval_windows, read_text, windows
+from jaxquant.calibrate.text import eval_windows, read_text, token_ids, windows
 from jaxquant.evaluate import divergence
 from jaxquant.folder import versions
 from jaxquant.io import load_checkpoint, load_params, open_model
@@ -74,6 +73,7 @@ class Bench:
         wiki = None if data is None else data / "wikitext2"
         self.train_text = read_text("corpus" if wiki is None else str(wiki / "wiki.train.part.raw"))
         text = read_text("corpus:evaluation" if wiki is None else str(wiki / "wiki.test.raw"))
+        self.text_tokens = len(token_ids(self.train_text, self.source.tokenizer(), self.config))
         self.held_out = eval_windows(
             text, self.source.tokenizer(), self.config, seqlen=2 * self.seqlen, limit=WINDOWS
         )
@@ -149,6 +149,7 @@ class Bench:
         smooth = gradient_comparison((packed, self.config), (self.params, self.config), self.held_out)
         self.rows.append({
             **key,
+            "text_tokens": self.text_tokens if key["windows"] is None else key["windows"] * self.seqlen,
             "options": dataclasses.asdict(options),
             "kl": apart.kl,
             "perplexity": apart.model.perplexity,
@@ -209,7 +210,7 @@ def write(bench: Bench) -> None:
     lines = []
 
     def key_of(row: dict) -> tuple:
-        return row["model"], row["steps"], row["grid"], row.get("windows") or math.inf
+        return row["model"], row["steps"], row["grid"], row["text_tokens"]
 
     for key in sorted(set(map(key_of, bench.rows))):
         of_key = [row for row in bench.rows if key_of(row) == key]
@@ -219,18 +220,19 @@ def write(bench: Bench) -> None:
                 mean([row[k] for row in own], digits=4)
                 for k in ("kl", "perplexity", "top1", "gradient_ratio", "gradient_cosine")
             ]
-            steps = f"{statistics.fmean(row['run_steps'] for row in own):.0f}"
-            text = "new" if key[3] == math.inf else str(key[3])
-            lines.append([key[0], key[2], name, text, steps, *cells, str(len(own))])
-    columns = ["model", "grid", "loss", "windows", "steps", "KL", "perplexity", "top-1", "gradient ratio",
-               "gradient cosine", "seeds"]  # fmt: skip
+            steps = statistics.fmean(row["run_steps"] for row in own)
+            seqlen, batch, *_ = SETTINGS[key[0]]
+            read = f"{steps * batch * seqlen / key[3]:.1f}"
+            lines.append([key[0], key[2], name, str(key[3]), read, f"{steps:.0f}", *cells, str(len(own))])
+    columns = ["model", "grid", "loss", "tokens of text", "times read", "steps", "KL", "perplexity", "top-1",
+               "gradient ratio", "gradient cosine", "seeds"]  # fmt: skip
     text = [
         "# Training at 1 to 2 bits, with and without smoothness losses",
         "",
         "Held-out text, against the original; mean over seeds of windows and noise, +- standard deviation. "
         "`start`: before training. `longer (x)`: without a smoothness loss, for as many steps as fit the time"
-        " of x. Windows: how many the steps go round; new ones at every step otherwise. The smoothness term "
-        "weighs .2 of the KL.",
+        " of x. Times read: what the steps read, over the tokens of the text. The smoothness term weighs .2 "
+        "of the KL.",
         "",
         f"| {' | '.join(columns)} |",
         "|" + " --- |" * 3 + " ---: |" * (len(columns) - 3),

@@ -37,8 +37,8 @@ app = typer.Typer(
       jaxquant generate q3 --prompt "The sea was"
 
     MODEL is a known name (smollm2-135m, tiny), a Hugging Face directory,
-    a .gguf file, a hub id, or, to evaluate, measure and generate, a folder
-    that quantize wrote.
+    a .gguf file, a hub id, or, where nothing is quantized, a folder that
+    quantize or train wrote.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (resumable).""",
 )

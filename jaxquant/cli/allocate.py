@@ -33,10 +33,10 @@ def allocate(
     ] = None,
     general: Annotated[
         list[str] | None,
-        typer.Option("--general", metavar="NAME=TEXT", help="Running text, as --calibration; repeatable."),
+        typer.Option("--general", metavar="NAME=TEXT", help="Text: a file, corpus or hub:NAME; repeatable."),
     ] = None,
     table: Annotated[
-        Path | None, typer.Option("--table", help="Where losses are kept; default OUT.table.json.")
+        Path | None, typer.Option("--table", help="Where losses are kept; mixed.table.json for mixed.toml.")
     ] = None,
     beta: Annotated[float, typer.Option("--beta", help="Weight of the tasks, 0 to 1.")] = 0.7,
     metric: Annotated[
@@ -46,7 +46,8 @@ def allocate(
         str, typer.Option("--widths", metavar="A,B,...", help="Bits to choose from.")
     ] = "2,3,4",
     recipe: Annotated[
-        str, typer.Option("--recipe", help="How linears are rounded: rtn, gptq, osaq-gptq, ...")
+        str,
+        typer.Option("--recipe", help="How linears are rounded: a name without awq, fine, tune, offq."),
     ] = "gptq",
     group_size: GroupSizeOption = 64,
     unit: Annotated[
@@ -67,14 +68,16 @@ def allocate(
       jaxquant allocate smollm2-135m --bits 3.5 --task gsm8k=train.jsonl \\
         --general wikitext=wiki.train.raw -o mixed.toml
       jaxquant allocate smollm2-135m --bits 4 --table mixed.table.json -o m4.toml
-      jaxquant quantize smollm2-135m --recipe mixed.toml --out q
+      jaxquant quantize smollm2-135m --recipe mixed.toml --out q \\
+        --calibration gsm8k=train.jsonl --calibration wiki.train.raw --mix 1,3
 
     Every unit is quantized alone, at every width, and what each domain loses
     is kept in a table that serves all budgets. An interrupted measurement
     goes on with the same command. Give training rows, not those that you
-    evaluate on: the first --items are measured, the others calibrate, in
-    shares that are searched and printed. Pictures go to a page beside the
-    recipe, OUT.html.
+    evaluate on: the first --items of a task are measured, and the windows
+    from the first half of a text; the other rows and the second half
+    calibrate, in shares that are searched and printed as --calibration and
+    --mix of the next command. Pictures go to mixed.html for mixed.toml.
     """
     from jaxquant.allocation import measure_table, write_recipe
     from jaxquant.io import open_model
@@ -107,7 +110,8 @@ def allocate(
             )
     else:
         refuse_flags(context, _MEASURED, f"--table {table}, which is measured already")
-    result = write_recipe(source, table, out, budget=bits, beta=beta, metric=metric)
+    # The next command needs the model as it was named here.
+    result = {**write_recipe(source, table, out, budget=bits, beta=beta, metric=metric), "model": model}
     (print_json if as_json else terminal.print_allocation)(result)
 
 

@@ -21,7 +21,7 @@ def export(
     ] = "float16",
     as_json: JsonOption = False,
 ) -> None:
-    """Write a quantized model as other engines load it: vLLM, transformers.
+    """Write a quantized model as other engines load it: transformers, vLLM (not tested).
 
     [bold]Examples[/bold]
 
@@ -29,7 +29,8 @@ def export(
 
     A Hugging Face directory in the format compressed-tensors
     (pack-quantized): the same integers, scales and zeros. Linears may differ
-    in bits. float16 keeps the scales as they are.
+    in bits, which transformers itself does not load. float16 keeps the
+    scales as they are.
     """
     from jaxquant.io.export import export_compressed_tensors
     from jaxquant.report import terminal

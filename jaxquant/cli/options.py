@@ -20,7 +20,7 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Known name, directory, .gguf or hub id.")
 ]
 QuantizedArgument = Annotated[
-    str, typer.Argument(metavar="MODEL_OR_DIR", help="A model, or a folder written by quantize.")
+    str, typer.Argument(metavar="MODEL_OR_DIR", help="A model, or a folder written by quantize or train.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 BitsOption = Annotated[int, typer.Option("--bits", help="Bits per weight, 1 to 8.")]

@@ -63,7 +63,8 @@ def quantize(
     calibration: Annotated[
         list[str] | None,
         typer.Option(
-            "--calibration", help="Text file, - for stdin, corpus, hub:NAME, or TASK=FILE; repeatable."
+            "--calibration",
+            help="Text file, - for stdin, corpus (built in, default), hub:NAME, or TASK=FILE; repeatable.",
         ),
     ] = None,
     mix: Annotated[

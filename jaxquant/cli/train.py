@@ -39,7 +39,7 @@ def train(
     convention: ConventionOption = "half-step",
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", help="What to train on, repeatable; as --calibration of quantize."),
+        typer.Option("--text", help="What to train on, as --calibration of quantize; repeatable."),
     ] = None,
     mix: Annotated[
         str | None, typer.Option("--mix", metavar="A,B,...", help="Shares of the texts; default equal.")
@@ -74,7 +74,7 @@ def train(
     [bold]Examples[/bold]
 
       jaxquant train smollm2-135m --bits 2 --text wiki.train.raw --out t2
-      jaxquant train q2 --teacher smollm2-135m --smoothness neighborhood --out t2
+      jaxquant train q2 --teacher smollm2-135m --smoothness neighborhood --out q2t
       jaxquant train tiny --bits 2 --steps 100 --out tiny2
 
     A model starts rounded to nearest on --bits and --group-size; a folder

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.errors import UsageError
-from jaxquant.quant import QArray
+from jaxquant.methods.rounded import relative_energy
+from jaxquant.quant import QArray, working_dtype
 
 # Every fourth sample judges, these many at most.
 _EVERY, _JUDGES = 4, 4
@@ -49,7 +50,8 @@ def tune_scales(
 
     J is the Jacobian at h; h and v are the same for both blocks, and v for a sample is drawn once. What both
     are measured by is what the block adds to the stream and to gradients. The first token of a sample, on
-    which attention heaps what it has no use for, is left out. Every fourth sample judges: of the factors
+    which attention heaps what it has no use for, is left out. Every fourth sample judges, up to four of them
+    (all samples, where there are fewer than four, and they teach as well): of the factors
     after 0, 1/8, .., 8/8 of the steps (fewer where 8 does not divide them) those are taken that leave the
     least on them, scales as they will be stored. So the result is never worse than the start there.
 
@@ -69,7 +71,7 @@ def tune_scales(
       `params` with other scales, in `grid.scale_dtype`, and the judged objective before and after.
 
     Raises:
-      UsageError: a negative weight or number of steps, or a rate or batch that is not positive.
+      UsageError: no samples, a negative weight or number of steps, or a rate or batch that is not positive.
     """
     import optax
 
@@ -78,10 +80,12 @@ def tune_scales(
             f"tune: weight={weight} and steps={steps} must not be negative, learning_rate={learning_rate} "
             f"and batch={batch} must be positive; .1, 48, .005 and 1 are usual"
         )
-    samples = range(inputs.shape[0])
-    judges = [i for i in samples if i % _EVERY == _EVERY - 1]
+    samples, wide = range(inputs.shape[0]), working_dtype(inputs.dtype)
+    if not samples:
+        raise UsageError("tune: no samples; give inputs [samples, seqlen, d]")
+    judges = [i for i in samples if i % _EVERY == _EVERY - 1][:_JUDGES]
     taught = jnp.asarray([i for i in samples if i not in judges])
-    judging = jnp.asarray(judges[:_JUDGES] or list(samples))
+    judging = jnp.asarray(judges or list(samples))
     key_of_cotangents, key_of_order = jax.random.split(jax.random.key(seed))
     cotangents = jax.random.normal(key_of_cotangents, inputs.shape, inputs.dtype)
 
@@ -98,7 +102,7 @@ def tune_scales(
         (inputs, cotangents),
     )
     leaves, tree = jax.tree.flatten(params, is_leaf=_is_packed)
-    start: Any = [jnp.zeros(leaf.scale.shape, inputs.dtype) if _is_packed(leaf) else None for leaf in leaves]
+    start: Any = [jnp.zeros(leaf.scale.shape, wide) if _is_packed(leaf) else None for leaf in leaves]
 
     def moved(moves: list[Any], *, stored: bool) -> list[Any]:
         found = []
@@ -116,9 +120,10 @@ def tune_scales(
             for leaf in moved(moves, stored=stored)
         ]
         ours = respond(apply, jax.tree.unflatten(tree, dense), inputs[some], cotangents[some])
-        total = jnp.zeros((), inputs.dtype)
+        total = jnp.zeros((), wide)
         for price, a, b in zip((1.0, weight), ours, wanted, strict=False):
-            total += price * jnp.sum(jnp.square(a - b[some])) / jnp.sum(jnp.square(b[some]))
+            apart, size = (jnp.sum(jnp.square(e.astype(wide))) for e in (a - b[some], b[some]))
+            total += price * relative_energy(apart, size)
         return total
 
     def judge(moves: list[Any]) -> Array:

@@ -10,7 +10,6 @@ kernels the values it stands for.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -146,8 +145,13 @@ def reduce_taps(
       tokens: int32 `[B, T]`.
       reduce: maps one tap's activations `[B, T, n]` to any pytree of arrays.
       taps: as in `forward`.
+
+    Raises:
+      InputError: an unknown tap.
     """
-    return _run(params, config, embed(params, config, tokens), None, tuple(taps), reduce)[2]
+    _check_taps(taps)
+    # Not by way of `_run`: a compiled program would remember what `reduce` read when it was traced.
+    return _scan_blocks(params, config, embed(params, config, tokens), None, tuple(taps), reduce=reduce)[2]
 
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -193,14 +197,22 @@ def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
     return normed.astype(x.dtype) * weight.astype(x.dtype)
 
 
-# Inlined where it is traced; without `jit` its scan would be compiled at every call.
-@functools.partial(jax.jit, static_argnames=("config", "taps", "reduce", "remat"), inline=True)
 def _run(
+    params: Params, config: ModelConfig, x: jax.Array, cache: KVCache | None, taps: tuple[str, ...],
+    **options: Any,
+) -> tuple[jax.Array, KVCache | None, dict[str, Any]]:  # fmt: skip
+    """`_scan_blocks`, compiled once where it is called without `jit`, inlined where it is traced."""
+    own = {name: params[name] for name in ("blocks", "norm")}
+    return _compiled(own, config, x, cache, taps, **options)
+
+
+def _scan_blocks(
     params: Params,
     config: ModelConfig,
     x: jax.Array,
     cache: KVCache | None,
     taps: tuple[str, ...],
+    *,
     reduce: Callable[[jax.Array], Any] = lambda x: x,
     shifts: jax.Array | None = None,
     remat: bool = False,
@@ -241,6 +253,9 @@ def _run(
     if cache is not None:
         cache = KVCache(k=slices[0], v=slices[1], length=cache.length + length)
     return rms_norm(x, params["norm"], config), cache, collected
+
+
+_compiled = jax.jit(_scan_blocks, static_argnames=("config", "taps", "remat"), inline=True)
 
 
 def _block(

@@ -43,7 +43,10 @@ _LAST, _DEPTH = 16, 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Mean of a quantity over windows, its standard error (NaN for one), and the values of the windows."""
+    """Mean of a quantity over windows, its standard error (NaN for one), and the values of the windows.
+
+    That of `gradient_ratio` is a ratio of means, as `GradientComparison` has it, not the mean of its windows.
+    """
 
     mean: float
     stderr: float
@@ -115,7 +118,7 @@ def smoothness_comparison(
         return lambda done, _: None if progress is None else progress(start + done, total)
 
     gradients = gradient_comparison(model, reference, windows, progress=after(0))
-    norms = np.asarray(gradients.norms) / np.asarray(gradients.reference_norms)
+    norms = np.asarray(gradients.norms) / np.maximum(gradients.reference_norms, 1e-300)
     found = {
         "gradient_ratio": Estimate(
             mean=gradients.ratio, stderr=gradients.ratio_stderr, by_window=tuple(norms.tolist())

@@ -103,12 +103,10 @@ def compare_gradients(gradients: np.ndarray, reference: np.ndarray) -> GradientC
     ratio = norms.mean() / others.mean()
     spread = float(stderr(norms - ratio * others) / others.mean())
     cosines = np.sum(gradients * reference, axis=(1, 2)) / np.maximum(norms * others, 1e-300)
-    sizes = np.linalg.norm(gradients, axis=2) * np.linalg.norm(reference, axis=2)
-    # The last token of a sequence has no target behind it, and no gradient.
-    by_token = [
-        np.mean(products[size > 0] / size[size > 0]) if np.any(size > 0) else 0.0
-        for products, size in zip(np.sum(gradients * reference, axis=2), sizes, strict=True)
-    ]
+    own, known = (np.linalg.norm(g, axis=2) for g in (gradients, reference))
+    by_token = np.sum(gradients * reference, axis=2) / np.maximum(own * known, 1e-300)
+    # The last token of a sequence has no target behind it, and no gradient. One that vanished counts as 0.
+    by_token = [np.mean(a[felt]) if felt.any() else 0.0 for a, felt in zip(by_token, known > 0, strict=True)]
     return GradientComparison(
         ratio=float(ratio),
         ratio_stderr=spread,

@@ -69,17 +69,17 @@ def fisher_trace(
     method: TraceMethod = "labels",
     step: float = 1e-2,
 ) -> Float[Array, "samples B"]:
-    """Unbiased estimates of `tr F = sum_t tr J_t^T (diag p_t - p_t p_t^T) J_t`, `J_t = dlogits_t/de`.
+    """Estimates of `tr F = sum_t tr J_t^T (diag p_t - p_t p_t^T) J_t`, `J_t = dlogits_t/de`.
 
     F is what the predictions feel to second order: `sum_t KL(p_t(e) | p_t(e + h)) = h^T F h / 2 + o(h^2)`.
 
         labels       |d log p(y | e)/de|^2, y drawn from p at every position
         probes       v^T F v, v normal, by one forward-mode product
-        differences  2 sum_t KL(p_t(e) | p_t(e + a v)) / a^2, a = step rms(e): forward only, biased by O(a)
+        differences  2 sum_t KL(p_t(e) | p_t(e + a v)) / a^2, a = step rms(e): forward only
 
-    Mean and spread over the first axis are the estimate and its error. Differences suit models whose
-    gradient is not that of their values; where activations are rounded, `step` must exceed the rounding
-    (.05), or the estimate is that of rounding noise.
+    Labels and probes are unbiased, differences biased by O(a^2). Mean and spread over the first axis are the
+    estimate and its error. Differences suit models whose gradient is not that of their values; where
+    activations are rounded, `step` must exceed the rounding (.05), or the estimate is that of rounding noise.
 
     Args:
       apply: the model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import shutil
@@ -19,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxquant.errors import InputError, NonFiniteError, UsageError
+from jaxquant.folder import token_facts
 from jaxquant.io import checkpoint
 from jaxquant.models.config import ModelConfig
 from jaxquant.models.decoder import Model
@@ -37,7 +39,7 @@ from jaxquant.train.losses import (
 if TYPE_CHECKING:
     import optax
 
-METRICS = "metrics.jsonl"
+METRICS, RUN = "metrics.jsonl", "run.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,8 +222,8 @@ def train(
     """Trains a student to follow a teacher.
 
     Step k reads windows `k batch .. (k + 1) batch - 1`, from the start again where they end. With a folder
-    the state is kept there every `save_every` steps, one `METRICS` line a step, and a run that finds a state
-    goes on from it to the same bits.
+    the state is kept there every `save_every` steps, one `METRICS` line a step, and the same run that finds
+    its state goes on from it to the same bits.
 
     Args:
       student: from `latent_params`.
@@ -237,7 +239,8 @@ def train(
       The student's parameters after the last step, still with `Latent` kernels.
 
     Raises:
-      UsageError: fewer windows than a batch, or no moments for the layer loss.
+      UsageError: fewer windows than a batch, no moments for the layer loss, or a state of other options,
+        tokens or grids in the folder.
       NonFiniteError: NaN or infinity in the loss or the gradient; names the step.
       InputError: a state cannot be read, or the disk is full.
     """
@@ -248,16 +251,20 @@ def train(
     if options.smoothness == "layer" and not outputs:
         raise UsageError("the layer loss needs moments of the teacher's gradients; give outputs")
     trained, rest = split(student[0])
+    # On the device once, not at every step.
+    rest, known, outputs = jax.tree.map(jnp.asarray, (rest, teacher[0], outputs))
     # A copy: steps donate the state, the caller keeps the model.
     state = jax.tree.map(jnp.copy, State.start(trained, options))
-    if folder is not None and (resumed := _resume(folder, state)) is not None:
-        state = resumed
-        on_event({"event": "resume", "step": int(state.step), "steps": options.steps})
+    if folder is not None:
+        resumed = _resume(folder, state, _identity(state, tokens, options))
+        if resumed is not None:
+            state = resumed
+            on_event({"event": "resume", "step": int(state.step), "steps": options.steps})
     for step in range(int(state.step), options.steps):
         begun = time.perf_counter()
         rows = np.arange(step * options.batch, (step + 1) * options.batch) % len(tokens)
         state, metrics = train_step(
-            state, rest, teacher[0], jnp.asarray(tokens[rows]), outputs,
+            state, rest, known, jnp.asarray(tokens[rows]), outputs,
             config=student[1], teacher_config=teacher[1], options=options,
         )  # fmt: skip
         row = {"step": step + 1, **{name: float(value) for name, value in metrics.items()}}
@@ -287,12 +294,23 @@ def _save(folder: Path, state: State) -> None:
             shutil.rmtree(other)
 
 
-def _resume(folder: Path, start: State) -> State | None:
+def _identity(start: State, tokens: np.ndarray, options: Training) -> dict[str, Any]:
+    """What tells one run from another: its options, its text, and layers, grids and shapes of the student."""
+    student = f"{jax.tree.structure(start)} {[leaf.shape for leaf in jax.tree.leaves(start)]}"
+    digest = hashlib.sha256(student.encode()).hexdigest()
+    return {"options": dataclasses.asdict(options), "student": digest, **token_facts(tokens, {})}
+
+
+def _resume(folder: Path, start: State, identity: dict[str, Any]) -> State | None:
     """The last whole state in `folder`; metrics of steps behind it are dropped."""
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.glob("state-*.orbax-checkpoint-tmp*"):
         shutil.rmtree(partial)
     found = sorted(folder.glob("state-*"))
+    run = folder / RUN
+    if found and (not run.is_file() or json.loads(run.read_text(encoding="utf-8")) != identity):
+        raise UsageError(f"{found[-1]} is the state of another run; repeat that one, or take another folder")
+    checkpoint.write_text(run, json.dumps(identity) + "\n")
     state = _load(found[-1], start) if found else start
     metrics = folder / METRICS
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
@@ -308,5 +326,5 @@ def _load(path: Path, start: State) -> State:
     leaves, tree = jax.tree.flatten(start)
     found = [stored[name] for name in sorted(stored)]
     if [leaf.shape for leaf in found] != [leaf.shape for leaf in leaves]:
-        raise InputError(f"{path} is not whole; delete it, and {path.parent.parent} begins anew")
+        raise InputError(f"{path} is not whole; delete it, and the run in {path.parent} begins anew")
     return jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in found])

@@ -106,8 +106,10 @@ def stream_loss(stream: Float[Array, "L B T d"], known: Float[Array, "L B T d"])
 
     def unit(h: Array) -> Array:
         wide = h.astype(jnp.float32)
+        energy = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
         # A stream of 0 has no direction, and no gradient either.
-        return wide * lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(wide), axis=-1, keepdims=True), 1e-12))
+        some = energy > 1e-12
+        return jnp.where(some, wide * lax.rsqrt(jnp.where(some, energy, 1)), 0)
 
     return jnp.mean(jnp.sum(jnp.square(unit(stream) - unit(known)), axis=-1))
 

@@ -27,7 +27,7 @@ from jaxquant.recipe import Recipe, chain
 from jaxquant.records import Event, kept_row, packed_row
 from jaxquant.stages import RTN
 from jaxquant.train.latent import latent_params, packed_params, split
-from jaxquant.train.loop import Training, train
+from jaxquant.train.loop import RUN, Training, train
 
 # Windows whose gradients the layer loss is weighed with.
 _MOMENT_WINDOWS = 16
@@ -137,7 +137,8 @@ def _clean(folder: Path) -> None:
     """Deletes what only an unfinished run needs."""
     for state in (folder / "train").glob("state-*"):
         shutil.rmtree(state)
-    (folder / "train" / _MOMENTS).unlink(missing_ok=True)
+    for name in (_MOMENTS, RUN):
+        (folder / "train" / name).unlink(missing_ok=True)
 
 
 def _start(teacher: Source, start: Grid | Path, options: Training) -> tuple[Recipe, dict[str, Any]]:

@@ -51,11 +51,12 @@ def test_kernel_equals_float64(drawn):
     check(drawn)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("backend", ["portable", "kernel"])
-def test_equals_float64(backend):
+def test_equals_float64(dtype, backend):
     skip_without_kernel(backend)
     grids = (ActivationGrid(bits=3, group_size=32, symmetric=True), GRID)
-    check((problem(2, 3, 700, 2, 3, 64, grids), 530), jnp.bfloat16, backend)
+    check((problem(2, 3, 700, 2, 3, 64, grids), 530), dtype, backend)
 
 
 @pytest.mark.slow

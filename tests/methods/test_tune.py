@@ -18,6 +18,7 @@ WIDTH, HIDDEN = 16, 32
 
 def apply(params, h):
     """A block with a stream and a gate."""
+    params = jax.tree.map(lambda leaf: leaf.astype(h.dtype), params)
     up, gate = h @ params["up"], h @ params["gate"]
     return h + (up * jax.nn.sigmoid(gate)) @ params["down"] + params["bias"][None, None]
 
@@ -94,6 +95,22 @@ def test_it_is_never_worse_and_repeats_itself(blocks):
     few, (before, after) = tune_scales(rounded, original, inputs[:2], apply=apply, steps=8)
     assert after <= before
     assert few["up"].shape == rounded["up"].shape
+
+
+def test_half_precision_inputs_leave_the_scales_alone(blocks):
+    original, rounded, inputs = blocks
+    found, pair = tune_scales(rounded, original, inputs.astype(jnp.bfloat16), apply=apply, steps=0)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(rounded), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert float(pair[0]) == float(pair[1]) > 0
+
+
+def test_a_block_that_adds_nothing(blocks):
+    _, rounded, inputs = blocks
+    _, pair = tune_scales(rounded, rounded, inputs, apply=lambda params, h: h, steps=8)
+    np.testing.assert_array_equal(pair, 0)
+    with pytest.raises(UsageError, match="no samples"):
+        tune_scales(rounded, rounded, inputs[:0], apply=apply)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from jaxquant.errors import InputError
 from jaxquant.models import ModelConfig, Rope
 from jaxquant.models.cache import init_cache
-from jaxquant.models.decoder import TAPS, block, embed, final_hidden, forward, logits, rms_norm
+from jaxquant.models.decoder import TAPS, block, embed, final_hidden, forward, logits, reduce_taps, rms_norm
 from jaxquant.models.init import init_params
 from jaxquant.quant import Grid, QArray, quantize
 
@@ -133,6 +133,20 @@ def test_taps_are_what_the_linears_read(config):
     expected = rms_norm(embed(params, config, tokens), first["attn_norm"], config)
     np.testing.assert_allclose(taps["attn_in"][0], expected, atol=1e-6)
     assert set(run(params, config, tokens, taps=("mlp_in",)).taps) == {"mlp_in"}
+
+
+def test_what_reduces_taps_is_read_at_every_call():
+    params, tokens, factor = params_of(LLAMA), tokens_of(LLAMA), [1.0]
+
+    def reduce(x):
+        return factor[0] * jnp.sum(x)
+
+    once = reduce_taps(params, LLAMA, tokens, reduce, taps=("mlp_in",))["mlp_in"]
+    factor[0] = 2.0
+    twice = reduce_taps(params, LLAMA, tokens, reduce, taps=("mlp_in",))["mlp_in"]
+    np.testing.assert_allclose(twice, 2 * once, rtol=1e-6)
+    with pytest.raises(InputError, match="unknown tap"):
+        reduce_taps(params, LLAMA, tokens, reduce, taps=("mlp",))
 
 
 def test_vmap_over_models():

@@ -96,6 +96,12 @@ def test_bad_input(model, windows):
         gradient_comparison((broken, dataclasses.replace(config)), model, windows)
 
 
+def test_tokens_whose_gradient_vanished_count_as_turned():
+    reference, gradients = np.ones((1, 10, 4)), np.zeros((1, 10, 4))
+    reference[:, -1], gradients[:, 0] = 0, 1
+    assert compare_gradients(gradients, reference).token_cosine == pytest.approx(1 / 9)
+
+
 def test_gradients_that_vanish():
     one = np.ones((2, 3, 4))
     assert compare_gradients(0 * one, one).log_ratio == -np.inf

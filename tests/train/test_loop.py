@@ -119,6 +119,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(student, teacher, tokens, tmp_pat
     assert kept[0] == kept[1]
     assert len(kept[0]) == 24
     assert [path.name for path in (tmp_path / "parts").glob("state-*")] == ["state-00000024"]
+    with pytest.raises(UsageError, match="is the state of another run"):
+        train(student, teacher, tokens, dataclasses.replace(options, steps=5), folder=tmp_path / "parts")
+    with pytest.raises(UsageError, match="is the state of another run"):
+        train(student, teacher, tokens[::-1], options, folder=tmp_path / "parts")
 
 
 @pytest.mark.slow

@@ -73,6 +73,13 @@ def test_losses_equal_their_definitions_in_float64(student, teacher, tokens):
     np.testing.assert_allclose(gradient_loss(ours.gradient, theirs.gradient), expected, rtol=1e-5)
 
 
+def test_a_stream_of_zero_has_no_direction_and_no_gradient():
+    zero, one = jnp.zeros((1, 1, 2, 4)), jnp.ones((1, 1, 2, 4))
+    value, gradient = jax.value_and_grad(stream_loss)(zero, one)
+    assert float(value) == pytest.approx(1)
+    np.testing.assert_array_equal(gradient, 0)
+
+
 def test_neighborhood_loss_is_the_divergence_at_shifted_inputs(student, teacher, tokens):
     key = jax.random.key(3)
     e = decoder.embed(*teacher, tokens)

@@ -38,7 +38,7 @@ def cache_attention(
 
         q k = sum_g scale_g (q_g . code_g) + lo_g sum(q_g)
 
-    Arguments as in `reference`; `q` is float32 or bfloat16, scales and offsets are float16 or float32.
+    Arguments as in `reference`; `q` is a float of up to 32 bits, scales and offsets are float16 or float32.
     """
     call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(q.shape, jnp.float32))
     y = call(
@@ -55,8 +55,8 @@ def _refuses(
 ) -> str:  # fmt: skip
     if q.shape[1] > LARGEST_TOKENS:
         return f"{q.shape[1]} tokens are more than {LARGEST_TOKENS}"
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"queries are {q.dtype}, not float32 or bfloat16"
+    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"queries are {q.dtype}, not floats of up to 32 bits"
     if not k_words.dtype == v_words.dtype == jnp.uint8:
         return f"words are {k_words.dtype} and {v_words.dtype}, not uint8"
     for scale, lo in ((k_scale, k_lo), (v_scale, v_lo)):

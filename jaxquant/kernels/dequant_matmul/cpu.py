@@ -32,7 +32,7 @@ def dequant_matmul(
 ) -> Float[Array, "rows out"]:
     """`y = sum_g scale_g * (x_g @ code_g - zero_g * sum(x_g))` in float32, in the dtype of `x`.
 
-    Shapes as in `reference`; `x` is float32 or bfloat16, `scale` and `zero` both float16 or both float32.
+    Shapes as in `reference`; `x` are floats of up to 32 bits, `scale`, `zero` both float16 or both float32.
     Many rows are multiplied by one tile of columns of the dequantized weight after another. With few, scales
     come last: an infinity in x becomes NaN, and sums over codes have to be finite.
     """
@@ -54,8 +54,8 @@ def dequant_matmul(
 
 
 def _refuses(x: Any, words: Any, scale: Any, zero: Any, *, bits: int, block: int) -> str:
-    if x.dtype not in (jnp.float32, jnp.bfloat16) or words.dtype != jnp.uint8:
-        return f"it multiplies float32 or bfloat16 by uint8 words, not {x.dtype} by {words.dtype}"
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or words.dtype != jnp.uint8:
+        return f"it multiplies floats of up to 32 bits by uint8 words, not {x.dtype} by {words.dtype}"
     if scale.dtype != zero.dtype or scale.dtype not in (jnp.float16, jnp.float32):
         return f"scales and zeros are {scale.dtype} and {zero.dtype}, not both float16 or float32"
     targets = {_MATMUL: "JaxquantDequantMatmul", _DEQUANTIZE: "JaxquantDequantize"}
