@@ -139,7 +139,7 @@ class Bench:
 
     def cells(self, wanted: dict) -> tuple[list[dict], list[str]]:
         """The rows with `wanted`, and their two perplexities."""
-        own = [row for row in self.rows if all(row[k] == v for k, v in wanted.items())]
+        own = [row for row in self.rows if all(row.get(k) == v for k, v in wanted.items())]
         names = ("wikitext2", "c4") if own else ()
         return own, [mean([row["perplexity"][name] for row in own]) for name in names]
 

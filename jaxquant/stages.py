@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -186,11 +187,13 @@ class GroupBits(Transform):
 class Best(Stage):
     """The transform among `candidates`, or none, that leaves the least error after rounding.
 
-    The results are tried on `columns` columns of the layer with the rest of the chain, and judged against
-    `problem.target` on the held-out tokens where there are some: an error on the tokens that the transform
-    and the rounding saw over-fits. The rest of the chain then rounds the winner with all tokens. What follows
-    must round columns independently, as all stages here do but a second `Best`; refinements that say that
-    they couple columns are left out of the trial.
+    The results are tried on `columns` columns of the layer with the rest of the chain, those that put out
+    most by the diagonal of the second moment, `sum_j H_jj w_jc^2`, since where a few columns make what
+    attention rests on the error of all others tells nothing. They are judged against `problem.target` on
+    the held-out tokens where there are some: an error on the tokens that the transform and the rounding
+    saw over-fits. The rest of the chain then rounds the winner with all tokens. What follows must round
+    columns independently, as all stages here do but a second `Best`; refinements that say that they
+    couple columns are left out of the trial.
     """
 
     candidates: tuple[Transform, ...]
@@ -207,9 +210,10 @@ class Best(Stage):
         judge = problem.moments if problem.held_out is None else problem.held_out
         problem = dataclasses.replace(problem, weight=problem.weight.astype(dtype), held_out=None)
         weights = [problem.weight, *(option(problem).weight.astype(dtype) for option in self.candidates)]
-        width = problem.weight.shape[-1]
-        tried = jnp.arange(0, width, max(1, width // self.columns))[: self.columns]
-        target = problem.target[:, tried].astype(dtype)
+        target = problem.target.astype(dtype)
+        put_out = jnp.sum(jnp.diagonal(judge.second).astype(dtype)[:, None] * jnp.square(target), axis=0)
+        tried = jax.lax.top_k(put_out, min(self.columns, target.shape[1]))[1]
+        target = target[:, tried]
         # Columns are rounded independently, so all candidates are rounded as one layer, side by side.
         trial = dataclasses.replace(
             problem,

@@ -130,6 +130,28 @@ def test_the_best_candidate_is_judged_on_held_out_tokens(layer):
     assert float(jnp.sum((chosen[0] - weight[0]) ** 2)) == pytest.approx(min(first_row), rel=1e-5)
 
 
+@dataclasses.dataclass(frozen=True)
+class ForTheRest(Transform):
+    """Exact values that RTN keeps, but for the loudest column, which is halved."""
+
+    def __call__(self, problem: Problem) -> Problem:
+        loudest = jnp.argmax(jnp.sum(jnp.square(problem.weight), axis=0))
+        factor = jnp.where(jnp.arange(problem.weight.shape[1]) == loudest, 0.5, 1.0)
+        kept = problem.grid.fake_quantize(problem.weight)
+        return dataclasses.replace(problem, weight=kept * factor[None].astype(kept.dtype))
+
+
+def test_a_choice_is_tried_on_the_columns_that_put_out_most(layer):
+    weight, moments = layer
+    loud = weight.at[:, 5].multiply(100)
+    problem = Problem.of(loud, moments, GRID)
+    chosen = chain(Best((ForTheRest(),), columns=4), RTN(), grid=GRID)(problem)
+    assert int(chosen.stats.choice) == 0
+    assert_same(
+        dataclasses.replace(chosen, stats=None), dataclasses.replace(rtn(loud, moments, GRID), stats=None)
+    )
+
+
 @pytest.mark.slow
 def test_the_rounding_after_a_choice_sees_all_tokens(layer):
     weight, moments = layer
