@@ -3,11 +3,10 @@
     python experiments/osaq/linears.py --data DIR [--bits 2 3] [--seeds 0]
 
 DIR and the grids are those of table.py: groups of 64, clip search, GPTQ with act-order. The step is chosen
-per linear as the named recipe does it (64 columns, held-out quarter of the windows), with a support too. The
-error of a linear, `tr(D^T H D) / tr(W^T H W)`, is that on the calibration tokens, which the rounding saw, and
-on 12 x 512 tokens of WikiText-2 test, which nothing saw. "Taken": linears for which the step was chosen; the
-others are GPTQ's. Rows are added to results/linears.json one by one;
-results/linears.md is made from them.
+per linear as the named recipe does it (64 columns, held-out quarter of the windows). The error of a linear,
+`tr(D^T H D) / tr(W^T H W)`, is that on the calibration tokens, which the rounding saw, and on 12 x 512 tokens
+of WikiText-2 test, which nothing saw. "Taken": linears for which the step was chosen; the others are GPTQ's.
+Rows are added to results/linears.json one by one; results/linears.md is made from them.
 """
 
 from __future__ import annotations
@@ -31,26 +30,15 @@ from jaxquant.methods import Problem, layer_error
 from jaxquant.models.config import LINEARS
 from jaxquant.named import named
 from jaxquant.quant import Grid
-from jaxquant.recipe import Recipe, chain
-from jaxquant.stages import GPTQ, OSAQ, Best
+from jaxquant.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
-ETA = {2: 300.0, 3: 1e3}
 PLAIN = "GPTQ"
 
 
 def recipes(bits: int) -> dict[str, Recipe]:
     grid = Grid(bits=bits, group_size=64, clip="mse")
-    return {
-        PLAIN: named("gptq", grid),
-        "OSAQ + GPTQ": named("osaq-gptq", grid),
-        **{
-            f"OSAQ ({support} a group together) + GPTQ": chain(
-                Best((OSAQ(eta=ETA[bits], support=support),)), GPTQ(), grid=grid
-            )
-            for support in (16, 64)
-        },
-    }
+    return {PLAIN: named("gptq", grid), "OSAQ + GPTQ": named("osaq-gptq", grid)}
 
 
 def errors_of(original: Any, config: Any, tokens: np.ndarray, fresh: np.ndarray) -> Callable[[Recipe], dict]:
@@ -96,7 +84,7 @@ def errors_of(original: Any, config: Any, tokens: np.ndarray, fresh: np.ndarray)
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3], choices=list(ETA))
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments = parser.parse_args()
     bench = Bench(arguments.data, RESULTS / "linears.json")
