@@ -145,7 +145,9 @@ def test_a_choice_is_tried_on_the_columns_that_put_out_most(layer):
     weight, moments = layer
     loud = weight.at[:, 5].multiply(100)
     problem = Problem.of(loud, moments, GRID)
-    chosen = chain(Best((ForTheRest(),), columns=4), RTN(), grid=GRID)(problem)
+    spread, loudest = (Best((ForTheRest(),), columns=4, sample=sample) for sample in ("spread", "loudest"))
+    assert int(chain(spread, RTN(), grid=GRID)(problem).stats.choice) == 1
+    chosen = chain(loudest, RTN(), grid=GRID)(problem)
     assert int(chosen.stats.choice) == 0
     assert_same(
         dataclasses.replace(chosen, stats=None), dataclasses.replace(rtn(loud, moments, GRID), stats=None)
@@ -297,6 +299,8 @@ def test_impossible_options_of_stages_are_refused():
         Refit(percdamp=0.0)
     with pytest.raises(UsageError, match="columns=0 must be positive"):
         Best((OSAQ(),), columns=0)
+    with pytest.raises(UsageError, match="unknown sample 'all'; use spread or loudest"):
+        Best((OSAQ(),), sample="all")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UsageError, match="use static groups, or passes=1"):
         chain(GPTQ(groups="dynamic"), Refit(), grid=GRID)
     chain(GPTQ(groups="dynamic"), Refit(passes=1), grid=GRID)
