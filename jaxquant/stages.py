@@ -198,8 +198,8 @@ class Best(Stage):
       columns: how many are tried.
       sample: which. `"spread"`: at equal distances. `"loudest"`: those that put out most by the diagonal of
         the second moment, `sum_j H_jj w_jc^2`, which hardly ever leaves a layer with a larger error than
-        without the stage; where a few columns make most of the output, equal distances may miss them. At 2
-        bits perplexity is lower with `"spread"` all the same (`experiments/osaq`): quiet columns count.
+        without the stage; where a few columns make most of the output, equal distances may miss them.
+        Perplexity at 2 bits does not tell which is better (`experiments/osaq`).
     """
 
     candidates: tuple[Transform, ...]
