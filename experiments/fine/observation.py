@@ -246,6 +246,8 @@ def draw(rows: list[dict], path: Path) -> None:
     for axis, (name, title) in zip(axes.T.flat, PANELS.items(), strict=True):
         for shift, (method, marker) in enumerate(zip(METHODS, "os^", strict=True)):
             own = [row for row in rows if row["method"] == method]
+            if not own:
+                continue
             # Bits side by side, methods a little apart from one another.
             places = [-row["bits"] + 0.08 * (shift - 1) for row in own]
             errors = [row[f"{name}_stderr"] for row in own]
