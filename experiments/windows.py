@@ -21,6 +21,8 @@ from jaxquant.recipe import Recipe
 from jaxquant.records import read_rows
 
 SAMPLES, SEQLEN, WINDOWS = 24, 512, 12
+#: Titles of columns that hold words.
+WORDS = ("method", "setting", "models", "gradients", "model", "grid", "loss")
 
 
 @dataclasses.dataclass
@@ -131,17 +133,22 @@ class Bench:
             f"{about} Calibration: {SAMPLES} x {SEQLEN} tokens of {calibration}. Mean over seeds,"
             " +- standard deviation where there are several.",
             "",
-            f"| {' | '.join(columns)} |",
-            "|" + "|".join(" --- " if name in ("method", "setting") else " ---: " for name in columns) + "|",
-            *(f"| {' | '.join(line)} |" for line in lines),
+            table(columns, lines),
         ]
-        self.path.with_suffix(".md").write_text("\n".join(text) + "\n")
+        self.path.with_suffix(".md").write_text("\n".join(text))
 
     def cells(self, wanted: dict) -> tuple[list[dict], list[str]]:
         """The rows with `wanted`, and their two perplexities."""
         own = [row for row in self.rows if all(row.get(k) == v for k, v in wanted.items())]
         names = ("wikitext2", "c4") if own else ()
         return own, [mean([row["perplexity"][name] for row in own]) for name in names]
+
+
+def table(columns: list[str], lines: list[list[str]]) -> str:
+    """Markdown; columns of words are aligned left, those of numbers right."""
+    rule = "|".join(" --- " if name in WORDS else " ---: " for name in columns)
+    rows = [f"| {' | '.join(cells)} |" for cells in (columns, *lines)]
+    return "\n".join([rows[0], f"|{rule}|", *rows[1:]]) + "\n"
 
 
 def mean(values: list[float], *, digits: int = 2) -> str:

@@ -107,7 +107,7 @@ def report(folder: Path, *, evaluation: dict[str, Any] | None = None) -> Path:
         "effective_bits": summary["effective_bits"],
         "bytes_before": summary["source_bytes"],
         "bytes_after": summary["disk_bytes"],
-        "calibration": calibration.get("text", "tokens of a text that has no name here"),
+        "calibration": calibration.get("text", "unnamed text"),
         "samples": calibration["samples"],
         "seqlen": calibration["seqlen"],
         "tokens": calibration["samples"] * calibration["seqlen"],

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 
 from jaxquant.errors import UsageError
+from jaxquant.kinds import Stage
 from jaxquant.models.config import Precision
 from jaxquant.quant import ActivationGrid, Grid
 from jaxquant.recipe import Recipe, chain, masked
@@ -22,7 +23,6 @@ from jaxquant.stages import (
     Keep,
     MagR,
     Refit,
-    Stage,
     Tune,
 )
 from jaxquant.surgery import OffQ, QuaRot, SpinQuant

@@ -574,4 +574,4 @@ def test_fine_needs_gradients():
 
 def test_a_run_from_python_is_reported(finished, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "q")
-    assert "a text that has no name here" in jobs.report(folder).read_text()
+    assert "unnamed text" in jobs.report(folder).read_text()

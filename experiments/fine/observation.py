@@ -6,8 +6,8 @@ DIR as for experiments/osaq/table.py, whose pipeline, grids and windows these ar
 width, against the original: all of `jaxquant smoothness`, and candidates by two more rules, on 8 windows of
 256 tokens of WikiText-2 test. (b) Does what the gradients lose foretell what the candidates lose? Rank
 correlations over those models, and over models of which one block alone is quantized (`--blocks`, at 4 bits
-and less; without a number none). Rows are added to results/observation.json one by one; those
-already there are kept. results/observation.md and .png are made from the JSON.
+and less; without a number none). Rows are added to results/observation.json one by one; those already there
+are kept. results/observation.md and .png are made from the JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import jax
 import matplotlib
 import numpy as np
 import scipy.stats
-from windows import Bench
+from windows import Bench, table
 
 from jaxquant.calibrate.collect import merge_taps, model_moments
 from jaxquant.io import load_params
@@ -230,15 +230,6 @@ def cell(row: dict, name: str) -> str:
     mean, error = row[name], row[f"{name}_stderr"]
     digits = 0 if abs(mean) >= 100 else 1 if abs(mean) >= 10 else 2 if abs(mean) >= 2 else 3
     return f"{mean:.{digits}f} +- {error:.{digits}f}"
-
-
-def table(columns: list[str], lines: list[list[str]]) -> str:
-    rule = (
-        "|" + "|".join(" --- " if c in ("method", "models", "gradients") else " ---: " for c in columns) + "|"
-    )
-    return (
-        "\n".join([f"| {' | '.join(columns)} |", rule, *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
-    )
 
 
 def draw(rows: list[dict], path: Path) -> None:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from windows import mean
+from windows import mean, table
 
 from jaxquant.calibrate.fisher import output_moments
 from jaxquant.calibrate.text import eval_windows, read_text, token_ids, windows
@@ -234,11 +234,9 @@ def write(bench: Bench) -> None:
         " of x. Times read: what the steps read, over the tokens of the text. The smoothness term weighs .2 "
         "of the KL.",
         "",
-        f"| {' | '.join(columns)} |",
-        "|" + " --- |" * 3 + " ---: |" * (len(columns) - 3),
-        *(f"| {' | '.join(line)} |" for line in lines),
+        table(columns, lines),
     ]
-    (RESULTS / "qat.md").write_text("\n".join(text) + "\n")
+    (RESULTS / "qat.md").write_text("\n".join(text))
 
 
 if __name__ == "__main__":

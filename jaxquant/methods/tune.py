@@ -51,9 +51,9 @@ def tune_scales(
     J is the Jacobian at h; h and v are the same for both blocks, and v for a sample is drawn once. What both
     are measured by is what the block adds to the stream and to gradients. The first token of a sample, on
     which attention heaps what it has no use for, is left out. Every fourth sample judges, up to four of them
-    (all samples, where there are fewer than four, and they teach as well): of the factors
-    after 0, 1/8, .., 8/8 of the steps (fewer where 8 does not divide them) those are taken that leave the
-    least on them, scales as they will be stored. So the result is never worse than the start there.
+    (all samples, where there are fewer than four, and they teach as well): of the factors after 0, 1/8, ..,
+    8/8 of the steps (fewer where 8 does not divide them) those are taken that leave the least on them, scales
+    as they will be stored. So the result is never worse than the start there.
 
     Args:
       params: of the block, with `QArray` kernels; what is in floats stays.

@@ -89,7 +89,8 @@ def final_hidden(
     params: Params, config: ModelConfig, tokens: jax.Array, *, cache: KVCache | None = None
 ) -> tuple[jax.Array, KVCache | None]:
     """Activations after the final norm `[B, T, d]`, and the updated cache."""
-    hidden, cache, _ = _run(params, config, embed(params, config, tokens), cache, ())
+    x = embed(params, config, tokens)
+    hidden, cache, _ = _run(params["blocks"], params["norm"], config, x, cache, ())
     return hidden, cache
 
 
@@ -115,7 +116,8 @@ def hidden_of_embedded(
       InputError: an unknown tap.
     """
     _check_taps(taps)
-    hidden, _, collected = _run(params, config, x, None, tuple(taps), shifts=shifts, remat=remat)
+    blocks, norm = params["blocks"], params["norm"]
+    hidden, _, collected = _run(blocks, norm, config, x, None, tuple(taps), shifts=shifts, remat=remat)
     return hidden, collected
 
 
@@ -151,7 +153,8 @@ def reduce_taps(
     """
     _check_taps(taps)
     # Not by way of `_run`: a compiled program would remember what `reduce` read when it was traced.
-    return _scan_blocks(params, config, embed(params, config, tokens), None, tuple(taps), reduce=reduce)[2]
+    blocks, norm, x = params["blocks"], params["norm"], embed(params, config, tokens)
+    return _scan_blocks(blocks, norm, config, x, None, tuple(taps), reduce=reduce)[2]
 
 
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -182,7 +185,8 @@ def forward(
       UsageError: the parameters carry a rotation of the inputs of `down` that the config does not name.
     """
     _check_taps(taps)
-    hidden, cache, collected = _run(params, config, embed(params, config, tokens), cache, tuple(taps))
+    x = embed(params, config, tokens)
+    hidden, cache, collected = _run(params["blocks"], params["norm"], config, x, cache, tuple(taps))
     return Output(logits=logits(params, config, hidden), cache=cache, taps=collected)
 
 
@@ -197,17 +201,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
     return normed.astype(x.dtype) * weight.astype(x.dtype)
 
 
-def _run(
-    params: Params, config: ModelConfig, x: jax.Array, cache: KVCache | None, taps: tuple[str, ...],
-    **options: Any,
-) -> tuple[jax.Array, KVCache | None, dict[str, Any]]:  # fmt: skip
-    """`_scan_blocks`, compiled once where it is called without `jit`, inlined where it is traced."""
-    own = {name: params[name] for name in ("blocks", "norm")}
-    return _compiled(own, config, x, cache, taps, **options)
-
-
 def _scan_blocks(
-    params: Params,
+    blocks: Params,
+    norm: jax.Array,
     config: ModelConfig,
     x: jax.Array,
     cache: KVCache | None,
@@ -232,7 +228,7 @@ def _scan_blocks(
         own_params, flag, pair, shift = layer
         block_params = jax.tree.map(
             lambda stack, own: stack.at(own) if isinstance(stack, QStack) else own,
-            params["blocks"],
+            blocks,
             own_params,
             is_leaf=_is_stack,
         )
@@ -247,15 +243,16 @@ def _scan_blocks(
     step = jax.checkpoint(step, prevent_cse=False) if remat else step
     # Of layers that differ in layout the scan gets the places only.
     scanned = jax.tree.map(
-        lambda leaf: leaf.places if isinstance(leaf, QStack) else leaf, params["blocks"], is_leaf=_is_stack
+        lambda leaf: leaf.places if isinstance(leaf, QStack) else leaf, blocks, is_leaf=_is_stack
     )
     x, (slices, collected) = lax.scan(step, x, (scanned, sliding, slices, shifts))
     if cache is not None:
         cache = KVCache(k=slices[0], v=slices[1], length=cache.length + length)
-    return rms_norm(x, params["norm"], config), cache, collected
+    return rms_norm(x, norm, config), cache, collected
 
 
-_compiled = jax.jit(_scan_blocks, static_argnames=("config", "taps", "remat"), inline=True)
+# Without `jit` the scan would be compiled at every call; where it is traced it is inlined.
+_run = jax.jit(_scan_blocks, static_argnames=("config", "taps", "remat"), inline=True)
 
 
 def _block(

@@ -202,6 +202,13 @@ def test_what_the_kernel_does_not_take(case):
         dequant_matmul(x, words, scale, zero, bits=4, block=16, backend="kernel")
 
 
+@pytest.mark.usefixtures("kernel")
+def test_wider_activations_are_refused():
+    arguments, _ = problem(1, 2, 16, 2, 20, 4)
+    wide = jax.ShapeDtypeStruct(arguments[0].shape, np.float64)
+    assert "not float64 by uint8" in cpu.KERNEL.refuses(wide, *arguments[1:], bits=4, block=16)
+
+
 def test_without_a_kernel(monkeypatch):
     arguments, expected = problem(2, 2, 16, 2, 30, 4)
     monkeypatch.setenv("JAXQUANT_NATIVE", "0")
