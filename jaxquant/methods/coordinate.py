@@ -7,7 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int, Shaped, UInt
 
 from jaxquant.errors import UsageError
 from jaxquant.linalg import product, rows_from
@@ -52,23 +52,73 @@ def coordinate_descent(problem: Problem, rounded: Rounded, *, sweeps: int = 4) -
         raise UsageError(f"sweeps={sweeps} is negative; use 0 to keep the codes, 2 to 4 to refine them")
     grid, order = rounded.grid, rounded.order
     w, h = problem.in_order(order)
-    dtype = w.dtype
-    rows, columns = w.shape
-    group_rows = rows // grid.groups(rows)
-    one_group = dataclasses.replace(grid, group_size=None)
+    rows = len(w)
+    visits = Visits.of(h, grid.groups(rows))
+    target = visits.pad(w)
 
-    block = min(_BLOCK, -(-rows // _STRIP) * _STRIP)
-    pad = -rows % block
-    diagonal = jnp.diagonal(h)
-    # 0 for dead inputs and for padding, which makes them stay.
-    inverse = jnp.pad(jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1), 0), (0, pad))
-    second = jnp.pad(h, ((0, pad), (0, pad)))
-    target = jnp.pad(w, ((0, pad), (0, 0)))
-    group = jnp.pad(jnp.arange(rows) // group_rows, (0, pad))
+    def once(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        return sweep(visits, rounded, target, *state)
+
+    values = grid.dequantize(rounded.codes, rounded.scale, rounded.zero, w.dtype)
+    state = visits.pad(values), visits.pad(rounded.codes)
+    values, codes = (a[:rows] for a in jax.lax.fori_loop(0, sweeps, once, state))
+    stats = dataclasses.replace(rounded.stats, error=layer_error(values, w, h))
+    return dataclasses.replace(rounded, codes=codes, stats=stats)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visits:
+    """What visits to the inputs of a layer need of its second moment, padded to whole blocks of inputs.
+
+    Attributes:
+      second: `[inputs, inputs]`.
+      inverse: `[inputs]`, `1 / H_kk`; 0 for dead inputs and for padding, which makes them stay.
+      group: int32 `[inputs]`.
+      block: inputs that share a gradient.
+    """
+
+    second: Float[Array, "in in"]
+    inverse: Float[Array, " in"]
+    group: Int[Array, " in"]
+    block: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, h: Float[Array, "in in"], groups: int) -> Visits:
+        """Visits to inputs in `groups` groups of consecutive ones."""
+        rows, diagonal = len(h), jnp.diagonal(h)
+        block = min(_BLOCK, -(-rows // _STRIP) * _STRIP)
+        pad = -rows % block
+        inverse = jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1), 0)
+        return cls(
+            second=jnp.pad(h, ((0, pad), (0, pad))),
+            inverse=jnp.pad(inverse, (0, pad)),
+            group=jnp.pad(jnp.arange(rows) // (rows // groups), (0, pad)),
+            block=block,
+        )
+
+    def pad(self, a: Shaped[Array, "_ out"]) -> Shaped[Array, "in out"]:
+        """Rows for the padding."""
+        return jnp.pad(a, ((0, len(self.group) - len(a)), (0, 0)))
+
+
+def sweep(
+    visits: Visits,
+    rounded: Rounded,
+    target: Float[Array, "in out"],
+    values: Float[Array, "in out"],
+    codes: UInt[Array, "in out"],
+) -> tuple[Float[Array, "in out"], UInt[Array, "in out"]]:
+    """One pass over all inputs: new values and codes, on the grids of `rounded`; its codes are not read."""
+    block, columns, dtype = visits.block, target.shape[1], target.dtype
+    one_group = dataclasses.replace(rounded.grid, group_size=None)
+    # Conversions from half precision would be a good part of a row's work.
+    scales = rounded.scale.astype(dtype)
+    zeros = None if rounded.zero is None else rounded.zero.astype(dtype)
 
     def visit_block(state: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
         values, codes = state
-        rows_of_block = rows_from(second, start, block)
+        rows_of_block = rows_from(visits.second, start, block)
         inside = rows_from(rows_of_block, start, block, axis=1)
         gradient = product(rows_of_block, target - values)
 
@@ -79,12 +129,14 @@ def coordinate_descent(problem: Problem, rounded: Rounded, *, sweeps: int = 4) -
 
             def visit_row(strip_changes: Array, i: Array) -> tuple[Array, tuple[Array, Array]]:
                 k = start + offset + i
-                g = rows_from(group, k, 1)[0]
-                scale = rows_from(rounded.scale, g, 1)
-                zero = None if rounded.zero is None else rows_from(rounded.zero, g, 1)
+                g = rows_from(visits.group, k, 1)[0]
+                scale = rows_from(scales, g, 1)
+                zero = None if zeros is None else rows_from(zeros, g, 1)
                 old = rows_from(values, k, 1)
-                slope = rows_from(strip_gradient, i, 1) - product(rows_from(within, i, 1), strip_changes)
-                best = old + rows_from(inverse, k, 1)[:, None] * slope
+                # A product with one row would be a call of its own, which takes longer than all the rest.
+                moved = jnp.sum(within[i][:, None] * strip_changes, axis=0, keepdims=True)
+                slope = rows_from(strip_gradient, i, 1) - moved
+                best = old + rows_from(visits.inverse, k, 1)[:, None] * slope
                 code = quantize(one_group, best, scale, zero, rounded.bits_of(g))
                 value = one_group.dequantize(code, scale, zero, dtype)
                 nearer = jnp.abs(value - best) < jnp.abs(old - best)
@@ -104,11 +156,4 @@ def coordinate_descent(problem: Problem, rounded: Rounded, *, sweeps: int = 4) -
         )
         return (values, codes), None
 
-    def sweep(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        return jax.lax.scan(visit_block, state, jnp.arange(0, rows + pad, block))[0]
-
-    values = grid.dequantize(rounded.codes, rounded.scale, rounded.zero, dtype)
-    state = jnp.pad(values, ((0, pad), (0, 0))), jnp.pad(rounded.codes, ((0, pad), (0, 0)))
-    values, codes = (a[:rows] for a in jax.lax.fori_loop(0, sweeps, sweep, state))
-    stats = dataclasses.replace(rounded.stats, error=layer_error(values, w, h))
-    return dataclasses.replace(rounded, codes=codes, stats=stats)
+    return jax.lax.scan(visit_block, (values, codes), jnp.arange(0, len(target), block))[0]

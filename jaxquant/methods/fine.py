@@ -17,11 +17,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxquant.errors import UsageError
 from jaxquant.linalg import product, rows_from
-from jaxquant.methods.coordinate import coordinate_descent
+from jaxquant.methods.coordinate import Visits, sweep
 from jaxquant.methods.problem import Problem
 from jaxquant.methods.rounded import Rounded, layer_error, relative_energy
 from jaxquant.quant.mixed import quantize
@@ -73,51 +74,44 @@ def loss_descent(
     _check(strength, sweeps)
     grid, order = rounded.grid, rounded.order
     w, h = problem.in_order(order)
-    columns = w.shape[1]
+    rows, columns = w.shape
     blocks = -(-columns // _SPREAD)
-    pad = blocks * _SPREAD - columns
-    # Copies of the last channel that nothing is coupled to.
-    coupling = strength * jnp.pad(_unit_mean(outputs.astype(w.dtype)), ((0, pad), (0, pad)))
-    coupling = coupling + jnp.eye(columns + pad, dtype=w.dtype)
+    # Block b has the channels b, b + blocks, ..; copies of the last, which nothing is coupled to, fill it.
+    spread = np.arange(blocks * _SPREAD).reshape(_SPREAD, blocks).T.ravel()
+    pad = (0, len(spread) - columns)
+    coupling = jnp.pad(strength * _unit_mean(outputs.astype(w.dtype)), (pad, pad))[spread][:, spread]
+    coupling = coupling + jnp.eye(len(spread), dtype=w.dtype)
+    inside = jnp.einsum("bibj->bij", coupling.reshape(blocks, _SPREAD, blocks, _SPREAD))
+    diagonal = jnp.diagonal(inside, axis1=1, axis2=2)
+    root = jnp.sqrt(diagonal)
+    largest = jnp.linalg.eigvalsh(inside / root[:, :, None] / root[:, None, :])[:, -1]
+    bound = diagonal * largest[:, None]
 
-    def split(a: Array) -> Array:
-        """`[blocks, rows, _SPREAD]`, block b with the channels b, b + blocks, .."""
-        a = jnp.pad(a, ((0, 0), (0, columns + pad - a.shape[1])), mode="edge")
-        return jnp.moveaxis(a.reshape(a.shape[0], _SPREAD, blocks), 2, 0)
+    visits = Visits.of(h, grid.groups(rows))
+    channels = np.minimum(spread, columns - 1)
+    target, codes = visits.pad(w[:, channels]), visits.pad(rounded.codes[:, channels])
+    scale = rounded.scale[:, channels]
+    zero = None if rounded.zero is None else rounded.zero[:, channels]
+    values = visits.pad(grid.dequantize(codes[:rows], scale, zero, w.dtype))
 
-    def join(a: Array) -> Array:
-        return jnp.moveaxis(a, 0, 2).reshape(a.shape[1], -1)
-
-    target = join(split(w))
-    scale = split(rounded.scale)
-    zero = None if rounded.zero is None else split(rounded.zero)
-    moments = dataclasses.replace(problem.moments, second=h)
-    coupled = split(coupling)
-
-    def values_of(codes: Array, b: Array) -> Array:
-        return grid.dequantize(codes, scale[b], None if zero is None else zero[b], w.dtype)
-
-    def visit(state: tuple[Array, Array], b: Array) -> tuple[tuple[Array, Array], None]:
-        values, codes = state
-        inside = coupled[b].reshape(_SPREAD, blocks, _SPREAD)[:, b]
-        diagonal = jnp.diagonal(inside)
-        root = jnp.sqrt(diagonal)
-        bound = diagonal * jnp.linalg.eigvalsh(inside / root[:, None] / root[None, :])[-1]
-        goal = values[b] - product(join(values) - target, coupled[b]) / bound[None]
-        own = dataclasses.replace(
-            problem, weight=goal, target=goal, moments=moments, held_out=None, outputs=None
+    def visit(state: tuple[Array, ...], b: Array) -> tuple[tuple[Array, ...], None]:
+        values, codes, _ = (rows_from(a, b * _SPREAD, _SPREAD, axis=1) for a in state)
+        goal = values - product(state[2], rows_from(coupling, b * _SPREAD, _SPREAD).T) / bound[b][None]
+        own_target, own_scale, own_zero = jax.tree.map(
+            lambda a: rows_from(a, b * _SPREAD, _SPREAD, axis=1), (target, scale, zero)
         )
-        part = dataclasses.replace(
-            rounded, codes=codes[b], scale=scale[b], zero=None if zero is None else zero[b], order=None
-        )
-        found = coordinate_descent(own, part, sweeps=1).codes
-        return (values.at[b].set(values_of(found, b)), codes.at[b].set(found)), None
+        part = dataclasses.replace(rounded, scale=own_scale, zero=own_zero)
+        values, codes = sweep(visits, part, goal, values, codes)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(whole, new, b * _SPREAD, axis=1)
+            for whole, new in zip(state, (values, codes, values - own_target), strict=True)
+        ), None
 
-    codes = split(rounded.codes)
-    state = jax.vmap(values_of)(codes, jnp.arange(blocks)), codes
-    (values, codes), _ = jax.lax.scan(visit, state, jnp.tile(jnp.arange(blocks), sweeps))
-    stats = dataclasses.replace(rounded.stats, error=layer_error(join(values)[:, :columns], w, h))
-    return dataclasses.replace(rounded, codes=join(codes)[:, :columns], stats=stats)
+    state = values, codes, values - target
+    (values, codes, _), _ = jax.lax.scan(visit, state, jnp.tile(jnp.arange(blocks), sweeps))
+    values, codes = (a[:rows, np.argsort(spread)[:columns]] for a in (values, codes))
+    stats = dataclasses.replace(rounded.stats, error=layer_error(values, w, h))
+    return dataclasses.replace(rounded, codes=codes, stats=stats)
 
 
 @functools.partial(jax.jit, static_argnames=("strength", "sweeps"))
