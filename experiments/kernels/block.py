@@ -22,7 +22,7 @@ MODELS = {
     "8B": (4096, 14336, 32, 8, 128, 128),
     "70B": (8192, 28672, 64, 8, 128, 128),
 }
-CHIPS = ("v5e", "v6e", "H100")
+CHIPS = ("v4", "v5e", "v5p", "v6e", "tpu7x", "H100")
 # Tokens that enter at once, and places of the cache.
 STEPS = {"decode": (1, 4096), "prefill": (512, 512)}
 BITS = 4

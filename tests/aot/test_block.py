@@ -7,7 +7,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e", "H100"])
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "tpu7x", "H100"])
 def test_a_kernel_per_linear_and_no_dequantized_weight(chip, compiled):
     rows = compiled("block.py", chip)
     assert {(row["model"], row["step"]) for row in rows} == {
