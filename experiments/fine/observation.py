@@ -6,8 +6,8 @@ DIR as for experiments/osaq/table.py, whose pipeline, grids and windows these ar
 width, against the original: all of `jaxquant smoothness`, and candidates by two more rules, on 8 windows of
 256 tokens of WikiText-2 test. (b) Does what the gradients lose foretell what the candidates lose? Rank
 correlations over those models, and over models of which one block alone is quantized (`--blocks`, at 4 bits
-and less; without a number none). Rows are added to results/observation.json one by one; those already there
-are kept. results/observation.md and .png are made from the JSON.
+and less; without a number none), whose trees are not grown. Rows are added to results/observation.json one by
+one; those already there are kept. results/observation.md and .png are made from the JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from jaxquant.models.config import LINEARS
 from jaxquant.named import named
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe
-from jaxquant.smoothness import candidate_estimates, smoothness_comparison
+from jaxquant.smoothness import candidate_estimates, gradient_comparison, smoothness_comparison
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -90,8 +90,7 @@ def main() -> None:
         if bench.has(key):
             continue
         params = quantize_one(recipe_of(key["method"], key["bits"]), key["block"])
-        facts = measured((params, config), (original, config), windows)
-        bench.add(key, params, config, facts)
+        bench.add(key, params, config, at_positions((params, config), (original, config), windows))
         write(bench)
 
 
@@ -109,6 +108,17 @@ def measured(model: Any, reference: Any, windows: np.ndarray) -> dict:
         **{name: estimate.mean for name, estimate in found.items()},
         **{f"{name}_stderr": estimate.stderr for name, estimate in found.items()},
         "by_window": {name: found[name].by_window for name in BY_WINDOW},
+    }
+
+
+def at_positions(model: Any, reference: Any, windows: np.ndarray) -> dict:
+    """Gradients and candidates alone, under the names that they have in `measured`."""
+    gradients = gradient_comparison(model, reference, windows)
+    found = candidate_estimates(model, reference, windows)
+    return {
+        "gradient_ratio": gradients.ratio,
+        "gradient_cosine": gradients.cosine,
+        **{name: estimate.mean for name, estimate in found.items()},
     }
 
 
@@ -203,13 +213,16 @@ def correlations(rows: list[dict]) -> list[list[str]]:
         ("all blocks quantized", [row for row in rows if row["block"] is None]),
         ("one block quantized", [row for row in rows if row["block"] is not None]),
     ):
-        lost = [[1 - row[name] for row in own] for name in ("candidate_retention", "tree_retention")]
+        lost = [
+            [1 - row[name] for row in own if name in row]
+            for name in ("candidate_retention", "tree_retention")
+        ]
         for label, proxy in (
             ("\\|log ratio\\|", [abs(math.log(max(row["gradient_ratio"], 1e-30))) for row in own]),
             ("1 - cosine", [1 - row["gradient_cosine"] for row in own]),
         ):
             if len(own) >= 5:
-                lines.append([models, str(len(own)), label, *(spearman(proxy, y) for y in lost)])
+                lines.append([models, str(len(own)), label, *(spearman(proxy, y) if y else "" for y in lost)])
     return lines
 
 
