@@ -127,6 +127,13 @@ class Recipe:
             )
         if any(isinstance(s.stage if isinstance(s, Masked) else s, GroupBits) for s in self.stages):
             self._check_group_bits()
+        for position, stage in enumerate(self.stages, start=1):
+            if isinstance(stage, Best) and any(
+                isinstance(later, Best | GroupBits) for later in self.stages[position:]
+            ):
+                raise UsageError(
+                    "best: no other best and no group-bits may follow; put them before, or leave one out"
+                )
         for field, kind in (("hessian", Hessian), ("mask", Mask)):
             if (value := getattr(self, field)) not in get_args(kind):
                 raise UsageError(f"unknown {field} {value!r}; use {' or '.join(get_args(kind))}")
@@ -146,7 +153,7 @@ class Recipe:
             )
 
     def __call__(self, problem: Problem) -> Rounded:
-        """The rounded layer, `stats.error` against `problem.target`.
+        """The rounded layer, `stats.error` against `problem.target` (a lone rounding's against `weight`).
 
         Folds, finishes, masked stages and rules need a place in a model: call `recipe.at(path)` first.
         """

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from jaxquant.calibrate.moments import Moments, merge
+from jaxquant.calibrate.moments import Moments
+from jaxquant.choice import Best as Best  # one of the stages
 from jaxquant.errors import UsageError
 from jaxquant.kinds import (
     Finish,
     Fold,
     Refinement,
     Rounding,
-    Stage,
     Transform,
     register,
-    required,
-    stage_from_dict,
 )
 from jaxquant.methods import (
     Problem,
@@ -42,7 +39,7 @@ from jaxquant.methods import (
     two_sided_descent,
 )
 from jaxquant.methods.gptq import Groups
-from jaxquant.quant import Grid, working_dtype
+from jaxquant.quant import Grid
 from jaxquant.quant.mixed import grid_at, neighbors
 
 
@@ -112,6 +109,12 @@ class MagR(Transform):
     alpha: float | None = None
     iterations: int = 150
 
+    def __post_init__(self) -> None:
+        if not (self.alpha is None or self.alpha >= 0) or self.iterations < 0:
+            raise UsageError(
+                f"magr: alpha={self.alpha} and iterations={self.iterations} must not be negative"
+            )
+
     def __call__(self, problem: Problem) -> Problem:
         """See `methods.magr.magr`."""
         return magr(problem, alpha=self.alpha, iterations=self.iterations)
@@ -123,13 +126,24 @@ class MagR(Transform):
 @register("osaq")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OSAQ(Transform):
-    """Outliers absorbed along flat directions; options as in `methods.osaq.osaq`."""
+    """Outliers absorbed along flat directions; options as in `methods.osaq.osaq`, which has more."""
 
     form: str = "soft"
     eta: float = 1e3
     gamma: float = 1e-4
     tau: float = 0.2
     support: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in ("soft", "hard"):
+            raise UsageError(f"unknown form {self.form!r}; use soft or hard")
+        if not all(x > 0 for x in (self.eta, self.gamma, self.tau)) or (
+            self.support is not None and self.support < 1
+        ):
+            raise UsageError(
+                f"osaq: eta={self.eta}, gamma={self.gamma}, tau={self.tau} and support={self.support} "
+                "must be positive"
+            )
 
     def __call__(self, problem: Problem) -> Problem:
         """See `methods.osaq.osaq`."""
@@ -182,90 +196,16 @@ class GroupBits(Transform):
         return f"bits by group (shares {', '.join(f'{share:g}' for share in self.shares)})"
 
 
-@register("best")
-@dataclasses.dataclass(frozen=True)
-class Best(Stage):
-    """The transform among `candidates`, or none, that leaves the least error after rounding.
-
-    The results are tried on `columns` columns of the layer with the rest of the chain, and judged against
-    `problem.target` on the held-out tokens where there are some: an error on the tokens that the transform
-    and the rounding saw over-fits. The rest of the chain then rounds the winner with all tokens. What follows
-    must round columns independently, as all stages here do but a second `Best`; refinements that say that
-    they couple columns are left out of the trial.
-
-    Attributes:
-      candidates: transforms; none of them is always tried, too.
-      columns: how many are tried.
-      sample: which. `"spread"`: at equal distances. `"loudest"`: those that put out most by the diagonal of
-        the second moment, `sum_j H_jj w_jc^2`, which hardly ever leaves a layer with a larger error than
-        without the stage; where a few columns make most of the output, equal distances may miss them.
-        Perplexity at 2 bits does not tell which is better (`experiments/osaq`).
-    """
-
-    candidates: tuple[Transform, ...]
-    columns: int = 64
-    sample: Literal["spread", "loudest"] = "spread"
-
-    def __post_init__(self) -> None:
-        if self.sample not in ("spread", "loudest"):
-            raise UsageError(f"unknown sample {self.sample!r}; use spread or loudest")
-        if self.columns < 1:
-            raise UsageError(f"best: columns={self.columns} must be positive; 64 to 128 is usual")
-
-    def choose(self, problem: Problem, then: Callable[[Problem], Rounded]) -> tuple[Problem, Int[Array, ""]]:
-        """The transformed problem and which candidate it took (0: none); `then` is the rest of the chain."""
-        # Some transforms answer a half-precision weight in float32.
-        dtype = working_dtype(problem.weight.dtype, problem.moments.second.dtype)
-        judge = problem.moments if problem.held_out is None else problem.held_out
-        problem = dataclasses.replace(problem, weight=problem.weight.astype(dtype), held_out=None)
-        weights = [problem.weight, *(option(problem).weight.astype(dtype) for option in self.candidates)]
-        target, width = problem.target.astype(dtype), problem.target.shape[1]
-        if self.sample == "spread":
-            tried = jnp.arange(0, width, max(1, width // self.columns))[: self.columns]
-        else:
-            put_out = jnp.sum(jnp.diagonal(judge.second).astype(dtype)[:, None] * jnp.square(target), axis=0)
-            tried = jax.lax.top_k(put_out, min(self.columns, width))[1]
-        target = target[:, tried]
-        # Columns are rounded independently, so all candidates are rounded as one layer, side by side.
-        trial = dataclasses.replace(
-            problem,
-            outputs=None,
-            weight=jnp.concatenate([weight[:, tried] for weight in weights], axis=1),
-            target=jnp.tile(target, (1, len(weights))),
-        )
-        values = jnp.split(then(trial).values(dtype), len(weights), axis=1)
-        errors = jnp.stack([layer_error(part, target, judge.second.astype(dtype)) for part in values])
-        # NaN would count as the least.
-        choice = jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))
-        moments = problem.moments if judge is problem.moments else merge(problem.moments, judge)
-        weight = weights[0]
-        for number, other in enumerate(weights[1:], start=1):
-            weight = jnp.where(choice == number, other, weight)
-        return dataclasses.replace(problem, weight=weight, moments=moments), choice
-
-    def to_dict(self) -> dict[str, Any]:
-        """See `Stage`."""
-        candidates = [candidate.to_dict() for candidate in self.candidates]
-        sample = {} if self.sample == "spread" else {"sample": self.sample}
-        return {"stage": self.name, "columns": self.columns, **sample, "candidates": candidates}
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Stage:
-        """See `Stage`."""
-        candidates = tuple(map(stage_from_dict, required(options, "candidates", cls.name)))
-        return super().from_options({**options, "candidates": candidates})
-
-    def __str__(self) -> str:
-        by = "" if self.sample == "spread" else " by the loudest columns"
-        return f"best{by} of (off, {', '.join(map(str, self.candidates))})"
-
-
 @register("coordinate-descent")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CoordinateDescent(Refinement):
     """Integers moved one input at a time while the error falls; see `methods.coordinate`."""
 
     sweeps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.sweeps < 0:
+            raise UsageError(f"coordinate-descent: sweeps={self.sweeps} is negative; 2 to 4 suffice")
 
     def __call__(self, problem: Problem, rounded: Rounded) -> Rounded:
         """See `methods.coordinate.coordinate_descent`."""
@@ -374,6 +314,8 @@ class AWQ(Fold):
     def __post_init__(self) -> None:
         if self.objective not in ("linear", "block"):
             raise UsageError(f"unknown objective {self.objective!r}; use linear or block")
+        if self.steps < 1:
+            raise UsageError(f"awq: steps={self.steps} must be positive; the paper takes 20")
 
     def __call__(
         self, block_params: Mapping[str, Any], moments: Mapping[str, Moments], grid: Grid, **facts: Any

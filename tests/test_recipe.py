@@ -23,6 +23,7 @@ from jaxquant.stages import (
     RTN,
     Best,
     CoordinateDescent,
+    GroupBits,
     MagR,
     Refinement,
     Refit,
@@ -130,24 +131,59 @@ def test_the_best_candidate_is_judged_on_held_out_tokens(layer):
     assert float(jnp.sum((chosen[0] - weight[0]) ** 2)) == pytest.approx(min(first_row), rel=1e-5)
 
 
+@pytest.mark.parametrize("width", [3, 64, 65, 200])
+@pytest.mark.parametrize("loudest", [None, 0, 64])
+def test_tried_columns_stand_for_all(width, loudest):
+    target = jax.random.normal(jax.random.key(0), (8, width))
+    tried, stands_for = Best((OSAQ(),), loudest=loudest).sample(target, jnp.ones(8))
+    assert len(np.unique(tried)) == len(tried) == min(width, 64)
+    if loudest != 64:
+        assert float(jnp.sum(stands_for)) == pytest.approx(width)
+    energies = np.sum(np.square(target), axis=0)
+    if width > 64 and loudest == 64:
+        assert set(np.asarray(tried).tolist()) == set(np.argsort(-energies)[:64].tolist())
+
+
+def test_inputs_that_only_the_judge_saw_keep_their_weights(layer):
+    weight, moments = layer
+    alive = (jnp.arange(len(weight)) != 3).astype(weight.dtype)
+    seen = dataclasses.replace(moments, second=moments.second * alive[:, None] * alive[None, :])
+    problem = Problem.of(weight, seen, GRID, held_out=moments)
+
+    def then(problem: Problem) -> Rounded:
+        return rtn(problem.weight, problem.moments, GRID)
+
+    chosen, choice = Best((ForTheRest(drop=3),)).choose(
+        dataclasses.replace(problem, weight=1.3 * weight), then
+    )
+    assert int(choice) == 1
+    np.testing.assert_array_equal(chosen.weight[3], 1.3 * weight[3])
+
+
 @dataclasses.dataclass(frozen=True)
 class ForTheRest(Transform):
-    """The target, but for its loudest column, which is halved."""
+    """The target, but for its loudest column, which is halved, and an input, which is dropped."""
+
+    drop: int = -1
 
     def __call__(self, problem: Problem) -> Problem:
         loudest = jnp.argmax(jnp.sum(jnp.square(problem.target), axis=0))
         factor = jnp.where(jnp.arange(problem.target.shape[1]) == loudest, 0.5, 1.0)
-        return dataclasses.replace(problem, weight=problem.target * factor[None].astype(jnp.float32))
+        weight = problem.target * factor[None].astype(jnp.float32)
+        weight = jnp.where((jnp.arange(len(weight)) == self.drop)[:, None], 0, weight)
+        return dataclasses.replace(problem, weight=weight)
 
 
 def test_a_choice_is_tried_on_the_columns_that_put_out_most(layer):
     weight, moments = layer
     loud = weight.at[:, 5].multiply(100)
     problem = dataclasses.replace(Problem.of(loud, moments, GRID), weight=1.3 * loud)
-    spread, loudest = (Best((ForTheRest(),), columns=4, sample=sample) for sample in ("spread", "loudest"))
-    assert int(chain(spread, RTN(), grid=GRID)(problem).stats.choice) == 1
-    chosen = chain(loudest, RTN(), grid=GRID)(problem)
-    assert int(chosen.stats.choice) == 0
+    # Among the rest only the candidate is right.
+    by_rest = chain(Best((ForTheRest(),), columns=4, loudest=0), RTN(), grid=GRID)(problem)
+    assert int(by_rest.stats.choice) == 1
+    for loudest in (None, 4):
+        chosen = chain(Best((ForTheRest(),), columns=4, loudest=loudest), RTN(), grid=GRID)(problem)
+        assert int(chosen.stats.choice) == 0
     off = rtn(1.3 * loud, moments, GRID)
     assert_same(dataclasses.replace(chosen, stats=None), dataclasses.replace(off, stats=None))
 
@@ -297,8 +333,25 @@ def test_impossible_options_of_stages_are_refused():
         Refit(percdamp=0.0)
     with pytest.raises(UsageError, match="columns=0 must be positive"):
         Best((OSAQ(),), columns=0)
-    with pytest.raises(UsageError, match="unknown sample 'all'; use spread or loudest"):
-        Best((OSAQ(),), sample="all")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="loudest=5 of columns=4"):
+        Best((OSAQ(),), columns=4, loudest=5)
+    for wrong in (GPTQ(), GroupBits(), masked(OSAQ(), "down")):
+        with pytest.raises(UsageError, match="is no change of the weight"):
+            Best((wrong,))  # pyright: ignore[reportArgumentType]
+    for last in (Best((OSAQ(),)), GroupBits()):
+        with pytest.raises(UsageError, match="no other best and no group-bits may follow"):
+            chain(Best((OSAQ(),)), last, GPTQ(), grid=GRID)
+    with pytest.raises(UsageError, match=r"alpha=-0.001 .* must not be negative"):
+        MagR(alpha=-1e-3)
+    with pytest.raises(UsageError, match="unknown form 'Soft'"):
+        OSAQ(form="Soft")
+    for wrong in ({"tau": 0.0}, {"eta": -5.0}, {"eta": float("nan")}, {"support": 0}):
+        with pytest.raises(UsageError, match="must be positive"):
+            OSAQ(**wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="sweeps=-1 is negative"):
+        CoordinateDescent(sweeps=-1)
+    with pytest.raises(UsageError, match="steps=0 must be positive"):
+        AWQ(steps=0)
     with pytest.raises(UsageError, match="use static groups, or passes=1"):
         chain(GPTQ(groups="dynamic"), Refit(), grid=GRID)
     chain(GPTQ(groups="dynamic"), Refit(passes=1), grid=GRID)

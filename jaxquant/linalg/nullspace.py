@@ -102,7 +102,8 @@ def tail_null_space(
 
     Subspace iteration on `(H + damping)^-1 = A^-T A^-1` (two triangular solves and a QR a step), then
     Rayleigh-Ritz with `A^T Z`. Directions far below the damping are found together, not one from another;
-    their energies are Rayleigh quotients of `H` itself, so the budget holds whatever has converged.
+    their energies are Rayleigh quotients of `H` itself, so but for rounding the budget holds whatever has
+    converged.
 
     Args:
       factor: of `H`; `A A^T = H + damping mean(diag H) I`.
@@ -143,9 +144,9 @@ def soft_null_space(
 
     Our generalization of the projector of arXiv 2605.04738, which is `mu G` for curvatures 0 and infinity.
     `Hhat = H / deflated_mean(H)`, so `eta` is free of units. One factorization, no eigenvectors.
-    Differentiable in every argument, `dG = -G d(eta Hhat + mu I) G`. Where the factorization fails, `mu` is
-    doubled up to 1024 times its value (`damped_factor`); where that fails too, or `H` holds NaN or infinity,
-    G is 0: nothing moves.
+    Differentiable in every argument, in `h` where it has full rank, `dG = -G d(eta Hhat + mu I) G`. Where the
+    factorization fails, `mu` is doubled up to 1024 times its value (`damped_factor`); where that fails too,
+    or `H` holds NaN or infinity, G is 0: nothing moves.
 
     Args:
       h: symmetric positive semi-definite, any positive multiple; float32 or float64.

@@ -103,7 +103,7 @@ def osaq_kernel(
 
     def channel(column: tuple[Array, Array]) -> Array:
         w, s = column
-        r = jnp.sqrt(s)
+        r = _root(s)
         a = jnp.eye(len(w), dtype=w.dtype) + r[:, None] * g * r[None, :]
         return r * _solve(a, r * w)
 
@@ -135,9 +135,7 @@ def osaq_top(
     w = weight.T
     top, index = jax.lax.top_k(s.T.reshape(columns, groups, length), support)
     index = (index + (jnp.arange(groups, dtype=index.dtype) * length)[None, :, None]).reshape(columns, -1)
-    # At a low temperature s underflows, and the derivative of the root there is infinite.
-    positive = top > 0
-    r = jnp.where(positive, jnp.sqrt(jnp.where(positive, top, 1)), 0).reshape(columns, -1)
+    r = _root(top).reshape(columns, -1)
     peaks = r * jnp.take_along_axis(w, index, axis=1)
     diagonal = 1 + jnp.square(r) * jnp.diagonal(g)[index]
 
@@ -187,7 +185,7 @@ def osaq_delta(
     support: int | None = None,
     steps: int = 1,
 ) -> Float[Array, "in out"]:
-    """The step within the space of `G` that lowers the ranges of the groups of `grid`, and never raises them.
+    """The step within the space of `G` that lowers the sum of squared ranges of a column's groups.
 
     Per column `theta delta(s)`, `theta in {0, .1, .., 1}` the one with the least sum of squared ranges:
     `hi - lo` with 0 included, as `grid` fits it without a clip search; in groups the least range around
@@ -329,6 +327,12 @@ def osaq(
         g = anti_shift(space.projector / jnp.asarray(mu, dtype), mu2)
     delta = osaq_delta(w, g, problem.grid, tau=tau, support=support, steps=steps)
     return dataclasses.replace(problem, weight=(w + delta).astype(problem.weight.dtype))
+
+
+def _root(s: Array) -> Array:
+    """The square root, with the derivative 0 at 0, where s underflows at a low temperature."""
+    positive = s > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, s, 1)), 0)
 
 
 def _solve(a: Array, b: Array) -> Array:

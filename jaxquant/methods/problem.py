@@ -16,7 +16,7 @@ from jaxquant.quant import Grid, working_dtype
 class Problem:
     """One layer to be rounded; a pytree, so whole stacks of problems `vmap`.
 
-    A *transform* is `Problem -> Problem`: it may change `weight` and nothing else. A *rounding* is
+    A *transform* is `Problem -> Problem`: it changes `weight`, or sets `group_bits`. A *rounding* is
     `Problem -> Rounded`. A *refinement* is `(Problem, Rounded) -> Rounded`. All judge errors against
     `target`.
 
