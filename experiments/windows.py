@@ -22,7 +22,7 @@ from jaxquant.records import read_rows
 
 SAMPLES, SEQLEN, WINDOWS = 24, 512, 12
 #: Titles of columns that hold words.
-WORDS = ("method", "setting", "models", "gradients", "model", "grid", "loss")
+WORDS = ("method", "setting", "models", "gradients", "model", "grid", "loss", "tried on")
 
 
 @dataclasses.dataclass
@@ -69,9 +69,12 @@ class Bench:
         content = read_text(str(text or self.train))
         return windows(content, tokenizer, config, samples=samples, seqlen=SEQLEN, seed=seed)
 
+    def find(self, key: dict) -> dict | None:
+        """The row with `key`, if there is one."""
+        return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
+
     def has(self, key: dict) -> bool:
-        """Whether there is a row with `key`."""
-        return any(all(row.get(k) == v for k, v in key.items()) for row in self.rows)
+        return self.find(key) is not None
 
     def run(
         self, key: dict, recipe: Recipe, tokens: Any, also: Callable[[Any, Any], dict] = lambda *_: {}
@@ -80,7 +83,9 @@ class Bench:
 
         `also` finds more facts, given the quantized model's parameters and config.
         """
-        if self.has(key):
+        if found := self.find(key):
+            if found["recipe"] != str(recipe):
+                raise SystemExit(f"{self.path}: the row {key} is of {found['recipe']}, not of {recipe}")
             return
         with tempfile.TemporaryDirectory() as folder:
             summary = quantize_model(self.source, recipe, tokens, Path(folder) / "q")

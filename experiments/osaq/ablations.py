@@ -16,11 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from table import Spread
 from windows import SAMPLES, SEQLEN, Bench
 
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe, chain
-from jaxquant.stages import GPTQ, OSAQ, Best
+from jaxquant.stages import GPTQ, OSAQ
 
 RESULTS = Path(__file__).parent / "results"
 GRID = Grid(bits=3, clip="mse")
@@ -32,7 +33,7 @@ def recipes() -> dict[str, Recipe]:
     steps = {
         "GPTQ alone": (),
         "OSAQ (soft, eta 1000, tau .2)": (OSAQ(eta=STRENGTH),),
-        "chosen per linear": (Best((OSAQ(eta=STRENGTH),)),),
+        "chosen per linear (tried on equal distances)": (Spread((OSAQ(eta=STRENGTH),)),),
         **{f"tau {tau:g}": (OSAQ(eta=STRENGTH, tau=tau),) for tau in (0.05, 0.1, 0.4)},
         # At this temperature every weight pulls alike.
         "plain l2 (tau 1e6), all weights": (OSAQ(eta=STRENGTH, tau=1e6, support=10**6),),

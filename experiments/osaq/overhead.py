@@ -4,7 +4,9 @@
 
 Both sides are the named recipes at W2 g64 with clip search and act-order. A layer's problem has a quarter of
 its tokens held out on OSAQ's side and all of them together on GPTQ's. `temp` is the memory that the compiled
-program needs besides its arguments and results. The run is `quantize_model` on 24 x 512 tokens of the
+program needs besides its arguments and results. `moments_seconds` is what the second moment of GPTQ's usual
+128 x 2048 tokens takes, from the median of one sequence, and `ratio_with_moments` compares the layer's whole
+work, with them, which both sides need. The run is `quantize_model` on 24 x 512 tokens of the
 packaged calibration text, from opening the model to the finished folder, compiled anew in the first pair and
 not in the others.
 Writes results/overhead.json.
@@ -39,6 +41,7 @@ from jaxquant.quant import Grid
 SHAPES = [(576, 576), (576, 1536), (1536, 576), (4096, 4096)]
 NAMES = ("gptq", "osaq-gptq")
 GRID = Grid(bits=2, group_size=64, clip="mse")
+SEQUENCES, SEQLEN = 128, 2048
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 
 
@@ -70,7 +73,21 @@ def layer(rows: int, out: int, repeats: int) -> dict:
             started = time.perf_counter()
             jax.block_until_ready(programs[name](own[name]))
             seconds[name].append(time.perf_counter() - started)
-    return {**row, **_compare(seconds)}
+    found = {**row, **_compare(seconds), "moments_seconds": SEQUENCES * moments_seconds(rows, repeats)}
+    gptq, osaq = (found[f"{name}_seconds"] + found["moments_seconds"] for name in NAMES)
+    return {**found, "ratio_with_moments": osaq / gptq}
+
+
+def moments_seconds(channels: int, repeats: int) -> float:
+    """Median time of the second moment of one sequence."""
+    x = jax.random.normal(jax.random.key(0), (SEQLEN, channels))
+    accumulate = jax.jit(lambda moments, x: merge(moments, observe(x)), donate_argnums=0)
+    moments, seconds = observe(x), []
+    for _ in range(1 + repeats):
+        started = time.perf_counter()
+        moments = jax.block_until_ready(accumulate(moments, x))
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
 
 
 def run(runs: int) -> dict:

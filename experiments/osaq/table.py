@@ -1,7 +1,7 @@
 """Perplexity of SmolLM2-135M at 2, 3 and 4 bits: OSAQ and what it is compared with, on WikiText-2 and C4.
 
     python experiments/osaq/table.py --data DIR [--bits 2 3] [--group-size 64] [--seeds 0 1 2]
-        [--methods NAME ...]
+        [--methods NAME ...] [--tried loudest]
 
 DIR holds wikitext2/wiki.{train.part,test}.raw and c4/c4_eval.jsonl. Every row runs the whole pipeline (inputs
 of a block come from the quantized blocks before it) with calibration windows drawn from the WikiText-2 train
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import statistics
 import sys
@@ -23,8 +24,11 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import jax
+import jax.numpy as jnp
 from windows import Bench
 
+from jaxquant.kinds import Stage
 from jaxquant.named import named
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe
@@ -32,7 +36,8 @@ from jaxquant.stages import GPTQ, Best
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN = GPTQ(act_order=False)
-LOUDEST = "OSAQ by the loudest columns + GPTQ"
+#: How OSAQ is chosen: on columns that stand for all, on the loudest alone, on columns at equal distances.
+TRIED = ("", "loudest", "equal distances")
 #: Row: named recipe, clip rule, GPTQ's options. "strong" rows: clip search, act-order with static groups.
 METHODS: dict[str, tuple[str, str, GPTQ | None]] = {
     "RTN min-max": ("rtn", "minmax", None),
@@ -46,7 +51,6 @@ METHODS: dict[str, tuple[str, str, GPTQ | None]] = {
     "OSAQ + AWQ": ("osaq-awq", "mse", None),
     "OSAQ + GPTQ min-max, no act-order": ("osaq-gptq", "minmax", PLAIN),
     "OSAQ + GPTQ": ("osaq-gptq", "mse", None),
-    LOUDEST: ("osaq-gptq", "mse", None),
     "GPTQ + CD": ("gptq-cd", "mse", None),
     "OSAQ-dagger (OSAQ + GPTQ + CD)": ("osaq-dagger", "mse", None),
     "GPTQ + refit": ("gptq-refit", "mse", None),
@@ -54,20 +58,36 @@ METHODS: dict[str, tuple[str, str, GPTQ | None]] = {
 }
 
 
-def recipe_of(method: str, bits: int, group_size: int) -> Recipe:
+def recipe_of(method: str, bits: int, group_size: int, tried: str = "") -> Recipe:
     name, clip, gptq = METHODS[method]
     grid = Grid(bits=bits, group_size=group_size or None, clip=clip)  # pyright: ignore[reportArgumentType]
-    recipe = named(name, grid, gptq=gptq)
-    return by_the_loudest(recipe) if method == LOUDEST else recipe
+    return tried_on(tried, named(name, grid, gptq=gptq))
 
 
-def by_the_loudest(recipe: Recipe) -> Recipe:
-    """`recipe` with its choices tried on the columns that put out most."""
-    stages = (
-        dataclasses.replace(stage, sample="loudest") if isinstance(stage, Best) else stage
-        for stage in recipe.stages
-    )
-    return dataclasses.replace(recipe, stages=tuple(stages))
+@dataclasses.dataclass(frozen=True)
+class Spread(Best):
+    """`Best`, tried on columns at equal distances, whatever they put out."""
+
+    def sample(self, target: jax.Array, energies: jax.Array) -> tuple[jax.Array, jax.Array]:
+        width = target.shape[1]
+        tried = jnp.arange(0, width, max(1, width // self.columns))[: self.columns]
+        return tried, jnp.ones(len(tried), target.dtype)
+
+    def __str__(self) -> str:
+        return super().__str__().replace("best", "best at equal distances")
+
+
+def tried_on(columns: str, recipe: Recipe) -> Recipe:
+    """`recipe` with its choices made on other columns."""
+
+    def other(stage: Stage) -> Stage:
+        if not isinstance(stage, Best) or not columns:
+            return stage
+        if columns == "loudest":
+            return dataclasses.replace(stage, loudest=stage.columns)
+        return Spread(stage.candidates, stage.columns)
+
+    return dataclasses.replace(recipe, stages=tuple(map(other, recipe.stages)))
 
 
 def main() -> None:
@@ -77,6 +97,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
+    parser.add_argument("--tried", default="", choices=TRIED, help="columns that OSAQ is chosen on")
     arguments = parser.parse_args()
     bench = Bench(arguments.data, RESULTS / "table.json")
     for seed in arguments.seeds:
@@ -84,24 +105,29 @@ def main() -> None:
         for bits in arguments.bits:
             for method in arguments.methods:
                 key = {"method": method, "bits": bits, "group_size": arguments.group_size, "seed": seed}
-                bench.run(key, recipe_of(method, bits, arguments.group_size), tokens)
+                recipe = recipe_of(method, bits, arguments.group_size, arguments.tried)
+                bench.run({**key, "tried": arguments.tried}, recipe, tokens)
                 write(bench)
 
 
 def write(bench: Bench) -> None:
     lines = []
     for bits, group_size in sorted({(row["bits"], row["group_size"]) for row in bench.rows}):
-        for method in METHODS:
-            own, cells = bench.cells({"bits": bits, "group_size": group_size, "method": method})
+        for method, tried in itertools.product(METHODS, TRIED):
+            own, cells = bench.cells(
+                {"bits": bits, "group_size": group_size, "method": method, "tried": tried}
+            )
             if own:
                 error = statistics.fmean(row["mean_layer_error"] for row in own)
                 group = str(group_size or "column")
-                lines.append([str(bits), group, method, *cells, f"{error:.2e}", str(len(own))])
+                lines.append([str(bits), group, method, tried, *cells, f"{error:.2e}", str(len(own))])
     bench.write_table(
         "Asymmetric grids; unless a row says otherwise with clip search (mean square error, and at 2 bits "
         "neighbouring zeros) and GPTQ with act-order, static groups, damping .01. Layer error: mean over "
-        "linears, `tr(D^T H D) / tr(W^T H W)` on the calibration tokens.",
-        ["bits", "group size", "method", "WikiText-2", "C4", "layer error", "seeds"],
+        "linears, `tr(D^T H D) / tr(W^T H W)` on the calibration tokens. Tried on: the columns that the "
+        "choice between OSAQ and nothing goes by, 32 loudest and 32 others that stand for the rest unless a "
+        "row says otherwise.",
+        ["bits", "group size", "method", "tried on", "WikiText-2", "C4", "layer error", "seeds"],
         lines,
     )
 
