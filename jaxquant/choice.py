@@ -47,7 +47,7 @@ class Best(Stage):
     def __post_init__(self) -> None:
         object.__setattr__(self, "candidates", tuple(self.candidates))
         for candidate in self.candidates:
-            if not isinstance(candidate, Transform) or candidate.name == "group-bits":
+            if not isinstance(candidate, Transform):
                 raise UsageError(f"best: {candidate} is no change of the weight; give OSAQ, MagR or your own")
         if self.columns < 1:
             raise UsageError(f"best: columns={self.columns} must be positive; 64 to 128 is usual")

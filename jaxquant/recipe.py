@@ -29,13 +29,14 @@ from jaxquant.kinds import (
     Rounding,
     Stage,
     Transform,
-    register,
     required,
     stage_from_dict,
 )
 from jaxquant.methods import Problem, Rounded, layer_error
 from jaxquant.models.config import EXACT, ModelConfig, Precision
 from jaxquant.options import build, read_table, table_text
+from jaxquant.places import Masked, check_pattern
+from jaxquant.places import masked as masked  # recipes are made with it
 from jaxquant.quant import Grid
 from jaxquant.stages import FINE, GPTQ, RTN, Best, GroupBits, Keep, Refit
 from jaxquant.surgery import Surgery
@@ -44,28 +45,6 @@ _S = TypeVar("_S", bound=Stage)
 
 #: What stands for the curvature of the loss.
 Hessian = Literal["input", "fisher"]
-
-
-@register("masked")
-@dataclasses.dataclass(frozen=True)
-class Masked(Stage):
-    """`stage` where `pattern` (a regular expression) is found in the module's path, nothing elsewhere."""
-
-    stage: Stage
-    pattern: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """See `Stage`."""
-        return {"stage": self.name, "pattern": self.pattern, "of": self.stage.to_dict()}
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Masked:
-        """See `Stage`."""
-        stage = stage_from_dict(required(options, "of", cls.name))
-        return masked(stage, required(options, "pattern", cls.name))
-
-    def __str__(self) -> str:
-        return f"{self.stage} where {self.pattern}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,13 +106,11 @@ class Recipe:
             )
         if any(isinstance(s.stage if isinstance(s, Masked) else s, GroupBits) for s in self.stages):
             self._check_group_bits()
-        for position, stage in enumerate(self.stages, start=1):
-            if isinstance(stage, Best) and any(
-                isinstance(later, Best | GroupBits) for later in self.stages[position:]
-            ):
-                raise UsageError(
-                    "best: no other best and no group-bits may follow; put them before, or leave one out"
-                )
+        for position, best in enumerate(self.stages, start=1):
+            if isinstance(best, Best):
+                others = (*best.candidates, *self.stages[position:])
+                if any(isinstance(other, Best | GroupBits) for other in others):
+                    raise UsageError(f"bits by group go before {best}, and a second best leads nowhere")
         for field, kind in (("hessian", Hessian), ("mask", Mask)):
             if (value := getattr(self, field)) not in get_args(kind):
                 raise UsageError(f"unknown {field} {value!r}; use {' or '.join(get_args(kind))}")
@@ -182,8 +159,7 @@ class Recipe:
     @property
     def mixes_groups(self) -> bool:
         """Whether groups of a linear differ in bits."""
-        stages = (stage.stage if isinstance(stage, Masked) else stage for stage in self.stages)
-        return any(isinstance(s, GroupBits) for s in stages) or any(r.mixes_groups for _, r in self.rules)
+        return self._has(GroupBits)
 
     def stored_bytes(self, rows: int, columns: int, *, where: str = "weight") -> float:
         """Bytes of a linear `[rows, columns]`, scales, zeros and orders included; where groups mix, at most.
@@ -220,23 +196,25 @@ class Recipe:
     def _of(self, kind: type[_S]) -> tuple[_S, ...]:
         return tuple(stage for stage in self.stages if isinstance(stage, kind))
 
+    def _has(self, kind: type[Stage]) -> bool:
+        """Whether a stage of the kind is here, masked or not, or in the rules."""
+        stages = (stage.stage if isinstance(stage, Masked) else stage for stage in self.stages)
+        return any(isinstance(s, kind) for s in stages) or any(r._has(kind) for _, r in self.rules)
+
     @property
     def holds_out(self) -> bool:
         """Whether a stage makes choices, for which tokens are to be held out."""
-        stages = (stage.stage if isinstance(stage, Masked) else stage for stage in self.stages)
-        return any(isinstance(s, Best) for s in stages) or any(r.holds_out for _, r in self.rules)
+        return self._has(Best)
 
     @property
     def options(self) -> list[str]:
         """What `stats.choice` counts: the candidates of the `Best` stage, "off" first; empty without one."""
-        best = [stage for stage in self.stages if isinstance(stage, Best)]
-        return ["off", *map(str, best[-1].candidates)] if best else []
+        return [o for best in self._of(Best) for o in ("off", *map(str, best.candidates))]
 
     @property
     def needs_gradients(self) -> bool:
         """Whether a stage weighs errors by gradients at the outputs of linears."""
-        stages = (stage.stage if isinstance(stage, Masked) else stage for stage in self.stages)
-        return any(isinstance(s, FINE) for s in stages) or any(r.needs_gradients for _, r in self.rules)
+        return self._has(FINE)
 
     @property
     def stores_order(self) -> bool:
@@ -344,18 +322,10 @@ def chain(
     )
 
 
-def masked(stage: Stage, pattern: str) -> Masked:
-    """`stage` only for modules in whose path the regular expression `pattern` is found."""
-    _check_pattern(pattern)
-    if isinstance(stage, (Surgery, Fold, Finish)):
-        raise UsageError(f"{stage} changes a whole block and cannot be masked")
-    return Masked(stage, pattern)
-
-
 def by_path(rules: Mapping[str, Recipe], default: Recipe) -> Recipe:
     """`default`, except where a regular expression is found in the module's path; the first match counts."""
     for pattern in rules:
-        _check_pattern(pattern)
+        check_pattern(pattern)
     return dataclasses.replace(default, rules=(*rules.items(), *default.rules))
 
 
@@ -399,10 +369,3 @@ def _rank(stage: Stage) -> int:
         if isinstance(stage, kind):
             return rank
     raise UsageError(f"{stage!r} is no stage: derive it from Transform, Rounding or Refinement")
-
-
-def _check_pattern(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"{pattern!r} is no regular expression: {error}") from None

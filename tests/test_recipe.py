@@ -137,11 +137,12 @@ def test_tried_columns_stand_for_all(width, loudest):
     target = jax.random.normal(jax.random.key(0), (8, width))
     tried, stands_for = Best((OSAQ(),), loudest=loudest).sample(target, jnp.ones(8))
     assert len(np.unique(tried)) == len(tried) == min(width, 64)
-    if loudest != 64:
-        assert float(jnp.sum(stands_for)) == pytest.approx(width)
-    energies = np.sum(np.square(target), axis=0)
     if width > 64 and loudest == 64:
+        energies = np.sum(np.square(target), axis=0)
         assert set(np.asarray(tried).tolist()) == set(np.argsort(-energies)[:64].tolist())
+        np.testing.assert_array_equal(stands_for, 1)
+    else:
+        assert float(jnp.sum(stands_for)) == pytest.approx(width)
 
 
 def test_inputs_that_only_the_judge_saw_keep_their_weights(layer):
@@ -335,12 +336,16 @@ def test_impossible_options_of_stages_are_refused():
         Best((OSAQ(),), columns=0)
     with pytest.raises(UsageError, match="loudest=5 of columns=4"):
         Best((OSAQ(),), columns=4, loudest=5)
-    for wrong in (GPTQ(), GroupBits(), masked(OSAQ(), "down")):
+    for wrong in (GPTQ(), masked(OSAQ(), "down")):
         with pytest.raises(UsageError, match="is no change of the weight"):
             Best((wrong,))  # pyright: ignore[reportArgumentType]
-    for last in (Best((OSAQ(),)), GroupBits()):
-        with pytest.raises(UsageError, match="no other best and no group-bits may follow"):
-            chain(Best((OSAQ(),)), last, GPTQ(), grid=GRID)
+    for stages in (
+        (Best((OSAQ(),)), Best((OSAQ(),))),
+        (Best((OSAQ(),)), GroupBits()),
+        (Best((GroupBits(),)),),
+    ):
+        with pytest.raises(UsageError, match=r"bits by group go before best of .* and a second best"):
+            chain(*stages, GPTQ(), grid=GRID)
     with pytest.raises(UsageError, match=r"alpha=-0.001 .* must not be negative"):
         MagR(alpha=-1e-3)
     with pytest.raises(UsageError, match="unknown form 'Soft'"):
