@@ -64,6 +64,43 @@ def test_the_objective_falls_with_every_sweep(shape, symmetric, descend, strengt
             before = after
 
 
+def loss_sweep(problem, rounded, outputs, strength: float) -> np.ndarray:
+    """Codes after one sweep by the formulas of `loss_descent`, one weight after another."""
+    w, h, outer = (np.asarray(a, np.float64) for a in (problem.target, problem.moments.second, outputs))
+    m = np.eye(w.shape[1]) + strength * outer / np.mean(np.diag(outer))
+    rows_of_group = len(w) // len(rounded.scale)
+    scale, zero = (
+        np.repeat(np.asarray(a, np.float64), rows_of_group, axis=0) for a in (rounded.scale, rounded.zero)
+    )
+    codes = np.asarray(rounded.codes, np.float64)
+    q = (codes - zero) * scale
+    blocks = -(-w.shape[1] // 8)
+    for b in range(blocks):
+        block = np.arange(b, w.shape[1], blocks)
+        inside = m[np.ix_(block, block)]
+        root = np.sqrt(np.diag(inside))
+        bound = np.diag(inside) * np.linalg.eigvalsh(inside / np.outer(root, root))[-1]
+        goal = q[:, block] - (q - w) @ m[:, block] / bound
+        for k, (column, own) in itertools.product(range(len(w)), enumerate(block)):
+            best = q[k, own] + h[k] @ (goal[:, column] - q[:, own]) / h[k, k]
+            code = np.clip(np.round(best / scale[k, own]) + zero[k, own], 0, 2**problem.grid.bits - 1)
+            value = (code - zero[k, own]) * scale[k, own]
+            if abs(value - best) < abs(q[k, own] - best):
+                q[k, own], codes[k, own] = value, code
+    return codes
+
+
+@pytest.mark.parametrize(("shape", "group_size"), [((32, 24), None), ((64, 19), 16), ((48, 5), None)])
+def test_equals_the_formulas(shape, group_size):
+    with jax.enable_x64(True):
+        problem, _, outputs = layer(*shape, 3, group_size=group_size)
+        start = rtn(problem.weight, problem.moments, problem.grid)
+        found = loss_descent(problem, start, outputs, strength=4.0, sweeps=1)
+        expected = loss_sweep(problem, start, outputs, 4.0)
+    assert np.mean(expected != np.asarray(start.codes)) > 0.02
+    np.testing.assert_array_equal(found.codes, expected)
+
+
 @pytest.mark.slow
 def test_a_price_buys_backward_error_with_little_forward_error():
     """The trade that the method is for, on a layer with coupled inputs and outputs."""

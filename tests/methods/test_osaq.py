@@ -239,6 +239,21 @@ def test_limits_of_the_strength(double):
         np.testing.assert_allclose(np.take_along_axis(after, others, axis=0), unmoved, atol=1e-9)
 
 
+def test_gradients_are_finite_where_s_underflows(double):
+    w, h = layer()
+    tau = 1e-4
+    g = soft_null_space(jnp.asarray(h), eta=40.0)
+
+    @jax.jit
+    @jax.grad
+    def slope(weight):
+        s = softmax_infinity(weight, tau=tau)
+        return jnp.sum(jnp.square(weight + osaq_kernel(weight, g, s)))
+
+    assert float(jnp.min(softmax_infinity(jnp.asarray(w), tau=tau))) == 0
+    assert np.isfinite(slope(jnp.asarray(w))).all()
+
+
 def test_gauge(double):
     """Rotating, permuting and flipping a basis changes nothing."""
     w, h = layer()
