@@ -112,7 +112,7 @@ def sweep(
     """One pass over all inputs: new values and codes, on the grids of `rounded`; its codes are not read."""
     block, columns, dtype = visits.block, target.shape[1], target.dtype
     one_group = dataclasses.replace(rounded.grid, group_size=None)
-    # Conversions from half precision would be a good part of a row's work.
+    # Converted once and not in every row.
     scales = rounded.scale.astype(dtype)
     zeros = None if rounded.zero is None else rounded.zero.astype(dtype)
 
