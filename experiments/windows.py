@@ -22,7 +22,7 @@ from jaxquant.records import read_rows
 
 SAMPLES, SEQLEN, WINDOWS = 24, 512, 12
 #: Titles of columns that hold words.
-WORDS = ("method", "setting", "models", "gradients", "model", "grid", "loss", "tried on")
+WORDS = ("method", "setting", "models", "gradients", "model", "grid", "loss")
 
 
 @dataclasses.dataclass
@@ -96,7 +96,7 @@ class Bench:
             "effective_bits": summary["effective_bits"],
             "mean_layer_error": summary["mean_error"],
             "layers_above_rtn": sum(row["error"] > row["error_rtn"] for row in rows),
-            "choices": collections.Counter(row["choice"] for row in rows if "choice" in row),
+            "choices": sum((collections.Counter(row.get("choices")) for row in rows), collections.Counter()),
         }
         self.add(key, params, config, {**facts, **also(params, config)})
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import records
-from jaxquant.calibrate.collect import batches, block_moments, embed_all, merge_taps
+from jaxquant.calibrate.collect import batches, block_moments, embed_all
 from jaxquant.calibrate.fisher import TokenWeights, fisher_weights, output_moments
 from jaxquant.calibrate.moments import Moments
 from jaxquant.errors import NonFiniteError
@@ -171,25 +171,18 @@ def _quantize_block(
     pictured = index in (0, config.num_layers // 2, config.num_layers - 1)
     if pictured and config.precision != EXACT:
         record["sites"] = records.sites(source, index, original, config, hidden[:_FEW_SAMPLES])
-    # A quarter of the samples judges where the recipe has a choice.
-    judges = np.arange(len(hidden)) % 4 == 3
-    holds_out = recipe.holds_out and judges.any() and not recipe.folds
     judged_by: dict[str, tuple[jax.Array, Moments]] = {}
     # One pass serves all taps; true-sequential order needs a pass after each quantized group of linears.
     for stage in [[group] for group in LINEARS] if recipe.true_sequential else [list(LINEARS)]:
         kept = {path for _, paths in stage for path in paths if recipe.at(f"blocks.{index}.{path}").keeps}
         taps = tuple(tap for tap, paths in stage if not kept.issuperset(paths))
 
-        def collect(samples: Any, taps: tuple[str, ...] = taps, params: Any = params) -> dict[str, Moments]:
-            if not taps:
-                return {}
-            own = None if weights is None else {tap: weights[tap][samples] for tap in taps}
-            return block_moments(
-                params, config, hidden[samples], sliding=sliding, taps=taps, mask=recipe.mask, weights=own
+        moments = {}
+        if taps:
+            moments = block_moments(
+                params, config, hidden, sliding=sliding, taps=taps, mask=recipe.mask, weights=weights
             )
-
-        seen, held_out = (collect(~judges), collect(judges)) if holds_out else ({}, {})
-        moments = plain = merge_taps(seen, held_out) if holds_out else collect(slice(None))
+        plain = moments
         for fold in recipe.folds:
             equal_heads = config.num_heads == config.num_kv_heads
             facts = {
@@ -208,12 +201,10 @@ def _quantize_block(
                 if not recipe.finishes:
                     on_event({"event": "row", **record["rows"][-1]})
                 continue
-            judged = holds_out and own.holds_out
             problem = Problem.of(
                 kernel,
-                seen[tap] if judged else moments[tap],
+                moments[tap],
                 own.grid,
-                held_out=held_out[tap] if judged else None,
                 outputs=None if outputs is None else jnp.asarray(outputs[path]),
             )
             packed, row = _quantize_linear(problem, own, index, path)
@@ -272,6 +263,6 @@ def _quantize_linear(problem: Problem, recipe: Recipe, index: int, path: str) ->
         "dead": int(stats.dead),
         "seconds": time.monotonic() - begun,
     }
-    if stats.choice is not None:
-        row["choice"] = recipe.options[int(stats.choice)]
+    if stats.choices is not None:
+        row["choices"] = dict(zip(recipe.options, stats.choices.tolist(), strict=True))
     return packed, row

@@ -12,6 +12,8 @@ with one rounding and at most one surgery. A recipe is called with the problem o
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -202,13 +204,8 @@ class Recipe:
         return any(isinstance(s, kind) for s in stages) or any(r._has(kind) for _, r in self.rules)
 
     @property
-    def holds_out(self) -> bool:
-        """Whether a stage makes choices, for which tokens are to be held out."""
-        return self._has(Best)
-
-    @property
     def options(self) -> list[str]:
-        """What `stats.choice` counts: the candidates of the `Best` stage, "off" first; empty without one."""
+        """What `stats.choices` counts: "off" and the candidates of the `Best` stage; empty without one."""
         return [o for best in self._of(Best) for o in ("off", *map(str, best.candidates))]
 
     @property
@@ -329,17 +326,16 @@ def by_path(rules: Mapping[str, Recipe], default: Recipe) -> Recipe:
     return dataclasses.replace(default, rules=(*rules.items(), *default.rules))
 
 
-def _run(stages: tuple[Stage, ...], problem: Problem) -> Rounded:
-    rounded, moved, choice = None, False, None
+def _run(stages: tuple[Stage, ...], problem: Problem, rounded: Rounded | None = None) -> Rounded:
+    moved = False
     for position, stage in enumerate(stages):
         if isinstance(stage, Transform):
             problem, moved = stage(problem), True
         elif isinstance(stage, Best):
-            rest = tuple(
-                s for s in stages[position + 1 :] if not (isinstance(s, Refinement) and s.couples_columns)
-            )
-            problem, choice = stage.choose(problem, lambda trial, rest=rest: _run(rest, trial))
-            moved = True
+            behind = stages[position + 1 :]
+            alone = tuple(itertools.takewhile(_keeps_columns_apart, behind))
+            problem, rounded = stage.round(problem, functools.partial(_run, alone))
+            return _run(behind[len(alone) :], problem, rounded)
         elif isinstance(stage, Rounding):
             rounded = stage(problem)
             rounded = _against_target(problem, rounded) if moved else rounded
@@ -348,10 +344,14 @@ def _run(stages: tuple[Stage, ...], problem: Problem) -> Rounded:
         else:
             raise UsageError(f"{stage} depends on the place in a model; call recipe.at(path) first")
     assert rounded is not None
-    return dataclasses.replace(rounded, stats=dataclasses.replace(rounded.stats, choice=choice))
+    return rounded
 
 
 _compiled = jax.jit(_run, static_argnums=0)
+
+
+def _keeps_columns_apart(stage: Stage) -> bool:
+    return not (isinstance(stage, Refinement) and stage.couples_columns)
 
 
 def _against_target(problem: Problem, rounded: Rounded) -> Rounded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -106,96 +107,53 @@ def test_other_orders_are_refused(stages):
         chain(*stages, grid=GRID)
 
 
-@pytest.mark.slow
-def test_the_best_candidate_is_judged_on_held_out_tokens(layer):
-    weight, moments = layer
-    ruin, help_ = Shrink(factor=0.1), Shrink(factor=0.98)
-    held_out = dataclasses.replace(moments, second=2 * moments.second)
-    problem = Problem.of(weight, moments, GRID, held_out=held_out)
-    off = chain(Best((ruin,)), RTN(), grid=GRID)(problem)
-    np.testing.assert_array_equal(off.codes, rtn(weight, moments, GRID).codes)
-    errors = {
-        f: float(chain(Shrink(factor=f), RTN(), grid=GRID)(problem).stats.error) for f in (0.1, 0.98, 1.0)
-    }
-    best = chain(Best((ruin, help_), columns=12), RTN(), grid=GRID)(problem)
-    assert float(best.stats.error) == pytest.approx(min(errors.values()), rel=1e-5)
-    # Judged on tokens along one direction only, the choice is another than on the calibration tokens.
-    only = jnp.zeros_like(moments.second).at[0, 0].set(1.0)
-    narrow = dataclasses.replace(problem, held_out=dataclasses.replace(moments, second=only))
-    candidates = tuple(Shrink(factor=f) for f in (0.9, 0.95, 1.05, 1.1))
-    chosen = chain(Best(candidates, columns=12), RTN(), grid=GRID)(narrow).pack().dequantize()
-    alone = [
-        chain(c, RTN(), grid=GRID)(problem).pack().dequantize() for c in (Shrink(factor=1.0), *candidates)
-    ]
-    first_row = [float(jnp.sum((q[0] - weight[0]) ** 2)) for q in alone]
-    assert float(jnp.sum((chosen[0] - weight[0]) ** 2)) == pytest.approx(min(first_row), rel=1e-5)
-
-
-@pytest.mark.parametrize("width", [3, 64, 65, 200])
-@pytest.mark.parametrize("loudest", [None, 0, 64])
-def test_tried_columns_stand_for_all(width, loudest):
-    target = jax.random.normal(jax.random.key(0), (8, width))
-    tried, stands_for = Best((OSAQ(),), loudest=loudest).sample(target, jnp.ones(8))
-    assert len(np.unique(tried)) == len(tried) == min(width, 64)
-    if width > 64 and loudest == 64:
-        energies = np.sum(np.square(target), axis=0)
-        assert set(np.asarray(tried).tolist()) == set(np.argsort(-energies)[:64].tolist())
-        np.testing.assert_array_equal(stands_for, 1)
-    else:
-        assert float(jnp.sum(stands_for)) == pytest.approx(width)
-
-
-def test_inputs_that_only_the_judge_saw_keep_their_weights(layer):
-    weight, moments = layer
-    alive = (jnp.arange(len(weight)) != 3).astype(weight.dtype)
-    seen = dataclasses.replace(moments, second=moments.second * alive[:, None] * alive[None, :])
-    problem = Problem.of(weight, seen, GRID, held_out=moments)
-
-    def then(problem: Problem) -> Rounded:
-        return rtn(problem.weight, problem.moments, GRID)
-
-    chosen, choice = Best((ForTheRest(drop=3),)).choose(
-        dataclasses.replace(problem, weight=1.3 * weight), then
-    )
-    assert int(choice) == 1
-    np.testing.assert_array_equal(chosen.weight[3], 1.3 * weight[3])
-
-
 @dataclasses.dataclass(frozen=True)
-class ForTheRest(Transform):
-    """The target, but for its loudest column, which is halved, and an input, which is dropped."""
-
-    drop: int = -1
+class HalfTheLayer(Transform):
+    """Better for even columns, ruin for odd ones."""
 
     def __call__(self, problem: Problem) -> Problem:
-        loudest = jnp.argmax(jnp.sum(jnp.square(problem.target), axis=0))
-        factor = jnp.where(jnp.arange(problem.target.shape[1]) == loudest, 0.5, 1.0)
-        weight = problem.target * factor[None].astype(jnp.float32)
-        weight = jnp.where((jnp.arange(len(weight)) == self.drop)[:, None], 0, weight)
-        return dataclasses.replace(problem, weight=weight)
+        even = (jnp.arange(problem.weight.shape[1]) % 2 == 0)[None]
+        return dataclasses.replace(problem, weight=jnp.where(even, problem.target, 0.1 * problem.weight))
 
 
-def test_a_choice_is_tried_on_the_columns_that_put_out_most(layer):
+@pytest.mark.parametrize("rounding", [RTN(), GPTQ(), GPTQ(groups="dynamic")])
+def test_every_column_takes_the_best_of_its_roundings(rounding, layer):
     weight, moments = layer
-    loud = weight.at[:, 5].multiply(100)
-    problem = dataclasses.replace(Problem.of(loud, moments, GRID), weight=1.3 * loud)
-    # Among the rest only the candidate is right.
-    by_rest = chain(Best((ForTheRest(),), columns=4, loudest=0), RTN(), grid=GRID)(problem)
-    assert int(by_rest.stats.choice) == 1
-    for loudest in (None, 4):
-        chosen = chain(Best((ForTheRest(),), columns=4, loudest=loudest), RTN(), grid=GRID)(problem)
-        assert int(chosen.stats.choice) == 0
-    off = rtn(1.3 * loud, moments, GRID)
-    assert_same(dataclasses.replace(chosen, stats=None), dataclasses.replace(off, stats=None))
+    problem = dataclasses.replace(Problem.of(weight, moments, GRID), weight=1.3 * weight)
+    candidates = (HalfTheLayer(), Shrink(factor=0.75))
+    chosen = chain(Best(candidates), rounding, grid=GRID)(problem)
+
+    h = np.asarray(moments.second, np.float64)
+    every = [
+        np.asarray(chain(*stages, rounding, grid=GRID)(problem).values(), np.float64)
+        for stages in ((), *((candidate,) for candidate in candidates))
+    ]
+    errors = np.stack([np.sum((q - weight) * (h @ (q - weight)), axis=0) for q in every])
+    took = np.argmin(errors, axis=0)
+    expected = np.choose(took[None, :], every)
+    np.testing.assert_allclose(chosen.values(), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(chosen.stats.choices, np.bincount(took, minlength=3))
+    total = float(np.sum(weight * (h @ weight)))
+    assert len(set(took)) > 1
+    assert float(chosen.stats.error) == pytest.approx(errors.min(axis=0).sum() / total, rel=1e-4)
 
 
-@pytest.mark.slow
-def test_the_rounding_after_a_choice_sees_all_tokens(layer):
-    weight, moments = layer
-    half = dataclasses.replace(moments, second=0.5 * moments.second)
-    split = Problem.of(weight, half, GRID, held_out=half)
-    whole = chain(Best((Shrink(factor=0.1),)), GPTQ(), grid=GRID)(split)
-    np.testing.assert_array_equal(whole.codes, gptq(weight, moments, GRID).codes)
+def test_refinements_that_couple_columns_follow_the_choice(layer):
+    @dataclasses.dataclass(frozen=True)
+    class Whole(Refinement):
+        couples_columns: ClassVar[bool] = True
+
+        def __call__(self, problem: Problem, rounded: Rounded) -> Rounded:
+            assert problem.weight.shape == problem.target.shape == rounded.codes.shape == layer[0].shape
+            return dataclasses.replace(rounded, codes=jnp.zeros_like(rounded.codes))
+
+    problem = Problem.of(*layer, GRID)
+    stages = (Best((HalfTheLayer(),)), GPTQ(), CoordinateDescent())
+    before = chain(*stages, grid=GRID)(problem)
+    after = chain(*stages, Whole(), grid=GRID)(problem)
+    assert not after.codes.any()
+    np.testing.assert_array_equal(after.scale, before.scale)
+    np.testing.assert_array_equal(after.stats.choices, before.stats.choices)
 
 
 @pytest.mark.parametrize(
@@ -239,15 +197,6 @@ def test_folds_need_a_block():
         masked(AWQ(), "attn")
     with pytest.raises(UsageError, match="give them to the default recipe"):
         by_path({"mlp": recipe}, named("rtn", GRID))
-
-
-def test_choices_hold_tokens_out_wherever_they_stand():
-    recipe = named("gptq", GRID)
-    choice = chain(Best((OSAQ(),)), RTN(), grid=GRID)
-    assert choice.holds_out
-    assert chain(masked(Best((OSAQ(),)), "mlp"), RTN(), grid=GRID).holds_out
-    assert by_path({"mlp": choice}, recipe).holds_out
-    assert not recipe.holds_out
 
 
 def test_what_is_no_stage_is_refused():
@@ -332,10 +281,6 @@ def test_unknown_names_list_the_known_ones():
 def test_impossible_options_of_stages_are_refused():
     with pytest.raises(UsageError, match="percdamp positive"):
         Refit(percdamp=0.0)
-    with pytest.raises(UsageError, match="columns=0 must be positive"):
-        Best((OSAQ(),), columns=0)
-    with pytest.raises(UsageError, match="loudest=5 of columns=4"):
-        Best((OSAQ(),), columns=4, loudest=5)
     for wrong in (GPTQ(), masked(OSAQ(), "down")):
         with pytest.raises(UsageError, match="is no change of the weight"):
             Best((wrong,))  # pyright: ignore[reportArgumentType]
@@ -366,11 +311,12 @@ def test_a_candidate_that_fails_is_not_chosen(layer):
     @dataclasses.dataclass(frozen=True)
     class Broken(Transform):
         def __call__(self, problem):
-            return dataclasses.replace(problem, weight=problem.weight * jnp.nan)
+            return dataclasses.replace(problem, weight=problem.weight.at[3, 1:].set(jnp.nan))
 
-    rounded = chain(Best((Broken(),)), RTN(), grid=GRID)(Problem.of(*layer, GRID))
-    assert int(rounded.stats.choice) == 0
+    rounded = chain(Best((Broken(),)), GPTQ(), grid=GRID)(Problem.of(*layer, GRID))
+    assert rounded.stats.choices.tolist() == [layer[0].shape[1], 0]
     assert bool(rounded.stats.finite)
+    np.testing.assert_array_equal(rounded.codes, gptq(*layer, GRID).codes)
 
 
 def test_a_finish_comes_last_and_concerns_whole_blocks(tmp_path):

@@ -13,7 +13,6 @@ one; those already there are kept. results/observation.md and .png are made from
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import os
 import sys
@@ -30,7 +29,7 @@ import numpy as np
 import scipy.stats
 from windows import Bench, table
 
-from jaxquant.calibrate.collect import merge_taps, model_moments
+from jaxquant.calibrate.collect import model_moments
 from jaxquant.io import load_params
 from jaxquant.methods import Problem
 from jaxquant.models.config import LINEARS
@@ -38,7 +37,6 @@ from jaxquant.named import named
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe
 from jaxquant.smoothness import candidate_estimates, gradient_comparison, smoothness_comparison
-from jaxquant.stages import Best
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -97,13 +95,7 @@ def main() -> None:
 
 
 def recipe_of(method: str, bits: int) -> Recipe:
-    recipe = named(METHODS[method], Grid(bits=bits, group_size=64, clip="mse"))
-    # By the loudest columns alone a step is hardly ever taken where it harms a linear.
-    stages = (
-        dataclasses.replace(stage, loudest=stage.columns) if isinstance(stage, Best) else stage
-        for stage in recipe.stages
-    )
-    return dataclasses.replace(recipe, stages=tuple(stages))
+    return named(METHODS[method], Grid(bits=bits, group_size=64, clip="mse"))
 
 
 def measured(model: Any, reference: Any, windows: np.ndarray) -> dict:
@@ -132,14 +124,9 @@ def at_positions(model: Any, reference: Any, windows: np.ndarray) -> dict:
 
 def one_block(original: Any, config: Any, tokens: np.ndarray) -> Callable[[Recipe, int], Any]:
     """A function that quantizes one block on the inputs it has in the original."""
-    judges = np.arange(len(tokens)) % 4 == 3
-    seen, held_out = (model_moments(original, config, tokens[part]) for part in (~judges, judges))
-    together = merge_taps(seen, held_out)
+    moments = model_moments(original, config, tokens)
 
     def quantize(recipe: Recipe, block: int) -> Any:
-        def at_block(moments: Any) -> Any:
-            return jax.tree.map(lambda leaf: leaf[block], moments)
-
         blocks = {
             part: dict(linears) for part, linears in original["blocks"].items() if part in ("attn", "mlp")
         }
@@ -147,12 +134,8 @@ def one_block(original: Any, config: Any, tokens: np.ndarray) -> Callable[[Recip
             for path in paths:
                 part, name = path.split(".")
                 kernel = original["blocks"][part][name]["kernel"]
-                problem = Problem.of(
-                    kernel[block],
-                    at_block(seen[tap] if recipe.holds_out else together[tap]),
-                    recipe.grid,
-                    held_out=at_block(held_out[tap]) if recipe.holds_out else None,
-                )
+                seen = jax.tree.map(lambda leaf: leaf[block], moments[tap])
+                problem = Problem.of(kernel[block], seen, recipe.grid)
                 values = recipe(problem).pack().dequantize().astype(kernel.dtype)
                 blocks[part][name] = {**blocks[part][name], "kernel": kernel.at[block].set(values)}
         return {**original, "blocks": {**original["blocks"], **blocks}}

@@ -3,9 +3,9 @@
     python experiments/osaq/ablations.py --data DIR
 
 The setting of the paper's ablations: one grid per column, OSAQ on every linear (no choice between it and
-nothing) before GPTQ with act-order and clip search, 3 bits. Pipeline, windows and evaluation are those of
-table.py. Rows are added to results/ablations.json one by one; those already there are kept, and
-results/ablations.md is made from them.
+nothing unless a row says so) before GPTQ with act-order and clip search, 3 bits. Pipeline, windows and
+evaluation are those of table.py. Rows are added to results/ablations.json one by one; those already there are
+kept, and results/ablations.md is made from them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from table import Spread
 from windows import SAMPLES, SEQLEN, Bench
 
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe, chain
-from jaxquant.stages import GPTQ, OSAQ
+from jaxquant.stages import GPTQ, OSAQ, Best
 
 RESULTS = Path(__file__).parent / "results"
 GRID = Grid(bits=3, clip="mse")
@@ -33,7 +32,7 @@ def recipes() -> dict[str, Recipe]:
     steps = {
         "GPTQ alone": (),
         "OSAQ (soft, eta 1000, tau .2)": (OSAQ(eta=STRENGTH),),
-        "chosen per linear (tried on equal distances)": (Spread((OSAQ(eta=STRENGTH),)),),
+        "chosen per column": (Best((OSAQ(eta=STRENGTH),)),),
         **{f"tau {tau:g}": (OSAQ(eta=STRENGTH, tau=tau),) for tau in (0.05, 0.1, 0.4)},
         # At this temperature every weight pulls alike.
         "plain l2 (tau 1e6), all weights": (OSAQ(eta=STRENGTH, tau=1e6, support=10**6),),

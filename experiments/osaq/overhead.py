@@ -2,11 +2,10 @@
 
     python experiments/osaq/overhead.py [--repeats 7] [--runs 3]
 
-Both sides are the named recipes at W2 g64 with clip search and act-order. A layer's problem has a quarter of
-its tokens held out on OSAQ's side and all of them together on GPTQ's. `temp` is the memory that the compiled
-program needs besides its arguments and results. `moments_seconds` is what the second moment of GPTQ's usual
-128 x 2048 tokens takes, from the median of one sequence, and `ratio_with_moments` compares the layer's whole
-work, with them, which both sides need. The run is `quantize_model` on 24 x 512 tokens of the
+Both sides are the named recipes at W2 g64 with clip search and act-order. `temp` is the memory that the
+compiled program needs besides its arguments and results. `moments_seconds` is what the second moment of
+GPTQ's usual 128 x 2048 tokens takes, from the median of one sequence, and `ratio_with_moments` compares the
+layer's whole work, with them, which both sides need. The run is `quantize_model` on 24 x 512 tokens of the
 packaged calibration text, from opening the model to the finished folder, compiled anew in the first pair and
 not in the others.
 Writes results/overhead.json.
@@ -45,33 +44,29 @@ SEQUENCES, SEQLEN = 128, 2048
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 
 
-def problems(rows: int, out: int) -> dict[str, Problem]:
-    """One layer for both recipes: correlated tokens with uneven channels."""
+def problem_of(rows: int, out: int) -> Problem:
+    """One layer: correlated tokens with uneven channels."""
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((rows, rows)) / rows**0.5 + np.eye(rows)
     x = (rng.standard_normal((2 * rows, rows)) @ mix * rng.lognormal(0, 1, rows)).astype(np.float32)
     weight = jnp.asarray(rng.standard_normal((rows, out)), jnp.float32)
-    seen, held_out = observe(jnp.asarray(x[rows // 2 :])), observe(jnp.asarray(x[: rows // 2]))
-    return {
-        "gptq": Problem.of(weight, merge(seen, held_out), GRID),
-        "osaq-gptq": Problem.of(weight, seen, GRID, held_out=held_out),
-    }
+    return Problem.of(weight, observe(jnp.asarray(x)), GRID)
 
 
 def layer(rows: int, out: int, repeats: int) -> dict:
     row: dict = {"in": rows, "out": out}
-    own, programs = problems(rows, out), {}
+    problem, programs = problem_of(rows, out), {}
     for name in NAMES:
         started = time.perf_counter()
-        programs[name] = jax.jit(named(name, GRID)).lower(own[name]).compile()
+        programs[name] = jax.jit(named(name, GRID)).lower(problem).compile()
         row[f"{name}_compile_seconds"] = time.perf_counter() - started
         row[f"{name}_temp_bytes"] = programs[name].memory_analysis().temp_size_in_bytes
-        jax.block_until_ready(programs[name](own[name]))
+        jax.block_until_ready(programs[name](problem))
     seconds = {name: [] for name in NAMES}
     for _ in range(repeats):
         for name in NAMES:
             started = time.perf_counter()
-            jax.block_until_ready(programs[name](own[name]))
+            jax.block_until_ready(programs[name](problem))
             seconds[name].append(time.perf_counter() - started)
     found = {**row, **_compare(seconds), "moments_seconds": SEQUENCES * moments_seconds(rows, repeats)}
     gptq, osaq = (found[f"{name}_seconds"] + found["moments_seconds"] for name in NAMES)

@@ -287,7 +287,7 @@ def osaq(
 
     `form="hard"` moves within the tail eigenspace of the paper (arXiv 2605.04738), which may be empty;
     `form="soft"`, our generalization, prices every direction by its curvature. Neither is always an
-    improvement: choose `eta` per layer by the final error against `problem.target`, "off" included. The
+    improvement: choose `eta` by the final error against `problem.target`, "off" included (`stages.Best`). The
     output energy of the step obeys `delta^T Hhat delta <= n max|w|^2 / eta` (soft with a `support`, before
     the line search, per channel) and `tr(Delta^T Hhat Delta) <= lam_K ||Delta||_F^2` (hard). Inputs that were
     always 0 are free directions: their weights become 0.

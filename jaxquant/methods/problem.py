@@ -24,7 +24,6 @@ class Problem:
       weight: `[..., in, out]`, what the next stage works on.
       target: `[..., in, out]`, the original weight; no stage touches it.
       moments: of the layer's inputs.
-      held_out: moments of other tokens, for choices that would over-fit on `moments`; or `None`.
       grid: static; the grid of the result.
       outputs: `[..., out, out]`, second moment of the loss gradients at the outputs, for methods that weigh
         the way back; or `None`.
@@ -35,7 +34,6 @@ class Problem:
     weight: Float[Array, "*stack in out"]
     target: Float[Array, "*stack in out"]
     moments: Moments
-    held_out: Moments | None
     grid: Grid = dataclasses.field(metadata={"static": True})
     outputs: Float[Array, "*stack out out"] | None = None
     group_bits: Int[Array, "*stack groups"] | None = None
@@ -58,10 +56,7 @@ class Problem:
         moments: Moments,
         grid: Grid,
         *,
-        held_out: Moments | None = None,
         outputs: Float[Array, "*stack out out"] | None = None,
     ) -> Problem:
         """The problem of an untouched layer."""
-        return cls(
-            weight=weight, target=weight, moments=moments, held_out=held_out, grid=grid, outputs=outputs
-        )
+        return cls(weight=weight, target=weight, moments=moments, grid=grid, outputs=outputs)

@@ -11,7 +11,13 @@ from jaxtyping import Array
 
 from jaxquant.linalg import conjugate_gradients, product
 from jaxquant.methods.problem import Problem
-from jaxquant.methods.rounded import Rounded, layer_error, output_energy, relative_energy
+from jaxquant.methods.rounded import (
+    Rounded,
+    column_energies,
+    layer_error,
+    output_energy,
+    relative_energy,
+)
 
 # Share of its own diagonal that is added to every system: integers can make its columns dependent.
 _RIDGE = 1e-3
@@ -101,7 +107,7 @@ def refit_grid(problem: Problem, rounded: Rounded, *, integer_zero: bool = False
         new_zero = jnp.where(usable, shifted, zero).astype(rounded.zero.dtype)
 
     def errors(scale: Array, zero: Array | None) -> Array:
-        return _column_energies(grid.dequantize(rounded.codes, scale, zero, dtype) - w, h)
+        return column_energies(grid.dequantize(rounded.codes, scale, zero, dtype) - w, h)
 
     better = errors(new_scale, new_zero) < errors(rounded.scale, rounded.zero)
     new_scale = jnp.where(better[None, :], new_scale, rounded.scale)
@@ -116,7 +122,7 @@ def refit_grid(problem: Problem, rounded: Rounded, *, integer_zero: bool = False
 def better_columns(problem: Problem, a: Rounded, b: Rounded) -> Rounded:
     """Of two roundings on one kind of grid, column by column the one with less error; statistics of `b`."""
     w, h = problem.in_order(None)
-    first, second = (_column_energies(r.values(w.dtype) - w, h) for r in (a, b))
+    first, second = (column_energies(r.values(w.dtype) - w, h) for r in (a, b))
     less = (first < second)[None, :]
     zero = None if a.zero is None or b.zero is None else jnp.where(less, a.zero, b.zero)
     error = relative_energy(jnp.sum(jnp.minimum(first, second)), output_energy(w, h))
@@ -127,8 +133,3 @@ def better_columns(problem: Problem, a: Rounded, b: Rounded) -> Rounded:
         zero=zero,
         stats=dataclasses.replace(b.stats, error=error),
     )
-
-
-def _column_energies(d: Array, h: Array) -> Array:
-    """`d_i^T H d_i` of every column."""
-    return jnp.sum(d * product(h, d), axis=0)

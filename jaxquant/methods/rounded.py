@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jaxquant.linalg import product
 from jaxquant.quant import Grid, MixedQArray, Packed, QArray
 from jaxquant.quant.mixed import grid_at
 
@@ -25,7 +26,8 @@ class Stats:
       fallback: the factorization failed on every rung and the result is that of rounding to nearest.
       dead: inputs that were 0 on every calibration token.
       finite: the weight and the moments held neither NaN nor infinity.
-      choice: which candidate a `Best` stage took, counted from 1; 0 is none of them. `None`: no such stage.
+      choices: int32 `[..., 1 + candidates]`, how many columns of a `Best` stage took none of its candidates,
+        the first, and so on. `None`: no such stage.
     """
 
     error: Float[Array, "*stack"]
@@ -34,7 +36,7 @@ class Stats:
     fallback: Bool[Array, "*stack"]
     dead: Int[Array, "*stack"]
     finite: Bool[Array, "*stack"]
-    choice: Int[Array, "*stack"] | None = None
+    choices: Int[Array, "*stack options"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -96,7 +98,14 @@ def layer_error(
 
 def output_energy(a: Float[Array, "*stack in out"], second: Float[Array, "*stack in in"]) -> Array:
     """`tr(A^T H A)`."""
-    return jnp.sum(a * jnp.matmul(second, a, precision="highest"), axis=(-2, -1))
+    return jnp.sum(column_energies(a, second), axis=-1)
+
+
+def column_energies(
+    a: Float[Array, "*stack in out"], second: Float[Array, "*stack in in"]
+) -> Float[Array, "*stack out"]:
+    """`a_i^T H a_i` of every column."""
+    return jnp.sum(a * product(second, a), axis=-2)
 
 
 def relative_energy(part: Array, total: Array) -> Array:
