@@ -97,6 +97,8 @@ def quantize_model(
     fisher = recipe.hessian == "fisher"
     weights = gradient(fisher_weights, folder / "token_weights.npz") if fisher else None
     outputs = gradient(output_moments, folder / "output_moments.npz") if recipe.needs_gradients else None
+    # What enters the block in the original model.
+    known = hidden.copy() if recipe.needs_originals else None
     rows: list[Event] = []
     for index in range(config.num_layers):
         if index < finished:
@@ -110,6 +112,7 @@ def quantize_model(
                 config,
                 recipe,
                 hidden,
+                known,
                 _of_block(weights, index),
                 _of_block(outputs, index),
                 on_event,
@@ -121,6 +124,11 @@ def quantize_model(
         if index + 1 < config.num_layers:
             for part in batches(hidden):
                 hidden[part] = _propagate(params, config, hidden[part], sliding=config.slides(index))
+            if known is not None:
+                original = jax.tree.map(jnp.asarray, source.block(index))
+                floats = config.in_floats()
+                for part in batches(known):
+                    known[part] = _propagate(original, floats, known[part], sliding=config.slides(index))
         on_event({"event": "block", "block": index, "blocks": config.num_layers})
 
     packed = sum(row["bytes"] for row in rows)
@@ -160,6 +168,7 @@ def _quantize_block(
     config: ModelConfig,
     recipe: Recipe,
     hidden: np.ndarray,
+    known: np.ndarray | None,
     weights: TokenWeights | None,
     outputs: dict[str, np.ndarray] | None,
     on_event: Callable[[Event], None],
@@ -180,7 +189,14 @@ def _quantize_block(
         moments = {}
         if taps:
             moments = block_moments(
-                params, config, hidden, sliding=sliding, taps=taps, mask=recipe.mask, weights=weights
+                params,
+                config,
+                hidden,
+                sliding=sliding,
+                taps=taps,
+                mask=recipe.mask,
+                weights=weights,
+                original=None if known is None else (original, known),
             )
         plain = moments
         for fold in recipe.folds:

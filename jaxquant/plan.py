@@ -81,6 +81,10 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
         outputs = sum(m * m for _, m in shapes.values())
         products += 2 * tokens * outputs
         peak += 2 * 4 * layers * outputs
+    if recipe.needs_originals:
+        # The original model runs along, and drift is as large as the second moments.
+        products += 2 * 2 * tokens * weights + 2 * tokens * sum(n * n for n in taps)
+        peak += 4 * tokens * config.hidden_size + hessians
     for stage in recipe.finishes:
         if not isinstance(stage, Tune):  # of a user, who knows
             continue

@@ -40,7 +40,7 @@ from jaxquant.options import build, read_table, table_text
 from jaxquant.places import Masked, check_pattern
 from jaxquant.places import masked as masked  # recipes are made with it
 from jaxquant.quant import Grid
-from jaxquant.stages import FINE, GPTQ, RTN, Best, GroupBits, Keep, Refit
+from jaxquant.stages import FINE, GPTQ, QEP, RTN, Best, GroupBits, Keep, Refit
 from jaxquant.surgery import Surgery
 
 _S = TypeVar("_S", bound=Stage)
@@ -96,6 +96,8 @@ class Recipe:
             raise UsageError(
                 f"{self.folds[0]} scales outputs after their gradients were collected; leave one out"
             )
+        if self.folds and self.needs_originals:
+            raise UsageError(f"{self.folds[0]} scales inputs that QEP compares; leave one out")
         if self.precision.hidden_hadamard:
             raise UsageError("precision: hidden_hadamard comes with a surgery; leave it out")
         if self.folds and self.true_sequential:
@@ -212,6 +214,11 @@ class Recipe:
     def needs_gradients(self) -> bool:
         """Whether a stage weighs errors by gradients at the outputs of linears."""
         return self._has(FINE)
+
+    @property
+    def needs_originals(self) -> bool:
+        """Whether a stage compares the inputs of linears with those of the original model."""
+        return self._has(QEP)
 
     @property
     def stores_order(self) -> bool:

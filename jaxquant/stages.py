@@ -32,6 +32,7 @@ from jaxquant.methods import (
     loss_descent,
     magr,
     osaq,
+    qep,
     refit_grid,
     rtn,
     salience_swap,
@@ -155,6 +156,26 @@ class OSAQ(Transform):
         temperature = "" if self.tau == 0.2 else f", tau {self.tau:g}"
         support = "" if self.support is None else f", support {self.support}"
         return f"OSAQ ({self.form}, {strength}{temperature}{support})"
+
+
+@register("qep")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QEP(Transform):
+    """Weights that make up for the errors of the layers before them; options as in `methods.qep.qep`."""
+
+    alpha: float = 0.5
+    percdamp: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.alpha <= 1 and self.percdamp > 0):
+            raise UsageError(f"qep: alpha={self.alpha} must be 0 to 1, and percdamp={self.percdamp} positive")
+
+    def __call__(self, problem: Problem) -> Problem:
+        """See `methods.qep.qep`."""
+        return qep(problem, alpha=self.alpha, percdamp=self.percdamp)
+
+    def __str__(self) -> str:
+        return f"QEP (alpha {self.alpha:g})"
 
 
 @register("group-bits")

@@ -31,7 +31,7 @@ from jaxquant.plan import plan
 from jaxquant.quant import Grid, QArray, QStack, is_packed
 from jaxquant.recipe import by_path, chain
 from jaxquant.records import read_rows
-from jaxquant.stages import AWQ, FINE, GPTQ, RTN, Best, CoordinateDescent, GroupBits, Keep, MagR, Tune
+from jaxquant.stages import AWQ, FINE, GPTQ, QEP, RTN, Best, CoordinateDescent, GroupBits, Keep, MagR, Tune
 
 GRID = Grid(bits=3, group_size=16, clip="mse")
 RECIPE = named("gptq", GRID)
@@ -182,6 +182,29 @@ def test_fisher_weights_enter_the_errors_and_are_kept_for_a_resumed_run(params, 
         quantize_model(MemorySource(params, fail_at=2), recipe, tokens, tmp_path / "r", resume=True)
     quantize_model(MemorySource(params), recipe, tokens, tmp_path / "r", resume=True)
     assert_same_model(tmp_path / "q", tmp_path / "r")
+
+
+@pytest.mark.parametrize("true_sequential", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_drift_is_between_the_quantized_prefix_and_the_original(true_sequential, params, tokens, tmp_path):
+    recipe = chain(QEP(alpha=1.0), RTN(), grid=GRID, true_sequential=true_sequential)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(MemorySource(params, fail_at=2), recipe, tokens, tmp_path / "q")
+    quantize_model(MemorySource(params), recipe, tokens, tmp_path / "q", resume=True)
+    quantized, config = checkpoint.load_checkpoint(tmp_path / "q")
+    now = then = embed(quantized, config, jnp.asarray(tokens))
+    for index in range(3):
+        original = jax.tree.map(lambda leaf, i=index: leaf[i], params["blocks"])
+        packed = jax.tree.map(lambda leaf, i=index: leaf[i], quantized["blocks"])
+        behind, _, known = run_block(original, config, then, sliding=False, taps=TAPS)
+        _, _, taps = run_block(packed if true_sequential else original, config, now, sliding=False, taps=TAPS)
+        for path, tap in (("attn.v", "attn_in"), ("attn.o", "attn_out"), ("mlp.down", "mlp_hidden")):
+            part, name = path.split(".")
+            moments = observe(taps[tap], original=known[tap])
+            expected = recipe.at("")(Problem.of(original[part][name]["kernel"], moments, GRID)).pack()
+            np.testing.assert_allclose(
+                packed[part][name]["kernel"].dequantize(), expected.dequantize(), rtol=1e-3, atol=1e-5
+            )
+        then, now = behind, run_block(packed, config, now, sliding=False)[0]
 
 
 @pytest.mark.slow

@@ -17,7 +17,9 @@ import dataclasses
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before JAX loads LAPACK, whose threads spin while others hold the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -42,7 +44,6 @@ METHODS: dict[str, tuple[str, str, GPTQ | None]] = {
     "GPTQ min-max, no act-order": ("gptq", "minmax", PLAIN),
     "GPTQ clip search, no act-order": ("gptq", "mse", PLAIN),
     "GPTQ": ("gptq", "mse", None),
-    "GPTQ, two tries": ("gptq", "mse", None),
     "MagR + GPTQ": ("magr-gptq", "mse", None),
     "AWQ": ("awq-rtn", "mse", None),
     "OSAQ + RTN": ("osaq-rtn", "mse", None),
@@ -57,10 +58,10 @@ METHODS: dict[str, tuple[str, str, GPTQ | None]] = {
 
 
 def recipe_of(method: str, bits: int, group_size: int) -> Recipe:
+    if method in ROUTES:
+        return ROUTES[method](Grid(bits=bits, group_size=group_size or None, clip="mse"))
     name, clip, gptq = METHODS[method]
     grid = Grid(bits=bits, group_size=group_size or None, clip=clip)  # pyright: ignore[reportArgumentType]
-    if method == "GPTQ, two tries":
-        return chain(Best((Jitter(),)), GPTQ(), grid=grid)
     return named(name, grid, gptq=gptq)
 
 
@@ -74,13 +75,29 @@ class Jitter(Transform):
         return dataclasses.replace(problem, weight=problem.weight * (1 + 0.01 * noise))
 
 
+def _with(name: str, **facts: Any) -> Callable[[Grid], Recipe]:
+    return lambda grid: dataclasses.replace(named(name, grid), **facts)
+
+
+#: Row: what else was tried against GPTQ, on strong grids.
+ROUTES: dict[str, Callable[[Grid], Recipe]] = {
+    "GPTQ, two tries": lambda grid: chain(Best((Jitter(),)), GPTQ(), grid=grid),
+    "QEP + GPTQ": _with("qep-gptq"),
+    "GPTQ, Fisher": _with("gptq", hessian="fisher"),
+    "OSAQ + GPTQ, Fisher": _with("osaq-gptq", hessian="fisher"),
+    "GPTQ, first tokens left out": _with("gptq", mask="first"),
+    "OSAQ + GPTQ, first tokens left out": _with("osaq-gptq", mask="first"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
+    names = [*METHODS, *ROUTES]
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=names, metavar="NAME")
     arguments = parser.parse_args()
     bench = Bench(arguments.data, RESULTS / "table.json")
     for seed in arguments.seeds:
@@ -95,7 +112,7 @@ def main() -> None:
 def write(bench: Bench) -> None:
     lines = []
     for bits, group_size in sorted({(row["bits"], row["group_size"]) for row in bench.rows}):
-        for method in METHODS:
+        for method in (*METHODS, *ROUTES):
             own, cells = bench.cells({"bits": bits, "group_size": group_size, "method": method})
             if own:
                 error = statistics.fmean(row["mean_layer_error"] for row in own)

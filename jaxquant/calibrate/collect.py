@@ -50,6 +50,7 @@ def block_moments(
     taps: tuple[str, ...] = TAPS,
     mask: Mask = "none",
     weights: Mapping[str, np.ndarray] | None = None,
+    original: tuple[Any, np.ndarray] | None = None,
 ) -> dict[str, Moments]:
     """Moments at the taps of one block.
 
@@ -60,11 +61,13 @@ def block_moments(
       taps: which to observe.
       mask: tokens left out.
       weights: by tap, of the tokens `[samples, seqlen]` (see `calibrate.fisher`).
+      original: the block and what enters it in the original model, for moments with `drift`.
     """
 
     def observe_part(part: slice) -> dict[str, Moments]:
         own = None if weights is None else {tap: weights[tap][part] for tap in taps}
-        return _observe_block(params, config, hidden[part], own, sliding=sliding, taps=taps, mask=mask)
+        then = None if original is None else (original[0], original[1][part])
+        return _observe_block(params, config, hidden[part], own, then, sliding=sliding, taps=taps, mask=mask)
 
     moments = functools.reduce(merge_taps, map(observe_part, batches(hidden)))
     return jax.block_until_ready(moments)  # else their time would count as that of the first linear
@@ -103,13 +106,15 @@ def merge_taps(a: Mapping[str, Moments], b: Mapping[str, Moments]) -> dict[str, 
     return {tap: merge(a[tap], b[tap]) for tap in a}
 
 
-def _observe(x: jax.Array, mask: Mask, weights: jax.Array | None = None) -> Moments:
+def _observe(
+    x: jax.Array, mask: Mask, weights: jax.Array | None = None, original: jax.Array | None = None
+) -> Moments:
     kept = None
     if mask == "first":
         kept = jnp.broadcast_to(jnp.arange(x.shape[1]) > 0, x.shape[:2])
     elif mask == "massive":
         kept = ~massive_tokens(x)
-    return observe(x, mask=kept, weights=weights)
+    return observe(x, mask=kept, weights=weights, original=original)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sliding", "taps", "mask"))
@@ -118,13 +123,19 @@ def _observe_block(
     config: ModelConfig,
     x: jax.Array,
     weights: dict[str, jax.Array] | None,
+    original: tuple[Any, jax.Array] | None,
     *,
     sliding: bool,
     taps: tuple[str, ...],
     mask: Mask,
 ) -> dict[str, Moments]:
     _, _, tapped = block(params, config, x.astype(config.dtype), sliding=sliding, taps=taps)
-    return {tap: _observe(tapped[tap], mask, None if weights is None else weights[tap]) for tap in taps}
+    known: dict[str, jax.Array] = {}
+    if original is not None:
+        params, x = original
+        _, _, known = block(params, config.in_floats(), x.astype(config.dtype), sliding=sliding, taps=taps)
+    own = {} if weights is None else weights
+    return {tap: _observe(tapped[tap], mask, own.get(tap), known.get(tap)) for tap in taps}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "taps", "mask"))

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxquant.linalg import product
+
 #: Which tokens are left out of the moments: none, the first of each window, those of massive activation.
 Mask = Literal["none", "first", "massive"]
 
@@ -22,7 +24,7 @@ class Moments:
       second: float32 `[..., n, n]`, `sum x x^T` (symmetric positive semi-definite).
       count: int32 `[...]`, number of tokens.
       max_abs: float32 `[..., n]`, `max |x|` of each channel.
-      output: float32 `[..., m, m]` or `None`, `sum g g^T` of the output gradients.
+      drift: float32 `[..., n, n]` or `None`, `sum x (x_0 - x)^T`, x_0 what x is in the original model.
 
     `merge` is associative and commutative, so shards and machines add up.
     """
@@ -30,7 +32,7 @@ class Moments:
     second: Float[Array, "*stack n n"]
     count: Int[Array, "*stack"]
     max_abs: Float[Array, "*stack n"]
-    output: Float[Array, "*stack m m"] | None = None
+    drift: Float[Array, "*stack n n"] | None = None
 
     @classmethod
     def zeros(cls, features: int) -> Moments:
@@ -52,6 +54,7 @@ def observe(
     *,
     mask: Bool[Array, "*tokens"] | None = None,
     weights: Float[Array, "*tokens"] | None = None,
+    original: Float[Array, "*tokens n"] | None = None,
 ) -> Moments:
     """Moments of one batch: float32 products at highest precision whatever the dtype of `x`.
 
@@ -61,18 +64,22 @@ def observe(
     Args:
       x: activations; every leading axis is a token axis.
       mask: tokens to count; the others (padding, a massive first token) are left out.
-      weights: >= 0, of the tokens in `second`; mean 1 keeps the scale of the plain sum.
+      weights: >= 0, of the tokens in `second` and `drift`; mean 1 keeps the scale of the plain sum.
+      original: the same tokens in the original model; the result has `drift`.
     """
     x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     kept = jnp.ones(x.shape[0], bool) if mask is None else mask.reshape(-1)
     x = jnp.where(kept[:, None], x, 0)
     count = jnp.sum(kept, dtype=jnp.int32)
     max_abs = jnp.max(jnp.abs(x), axis=0, initial=0)
+    apart = None if original is None else original.reshape(x.shape).astype(jnp.float32) - x
     if weights is not None:
         roots = jnp.sqrt(weights.reshape(-1).astype(jnp.float32))
-        x = x * jnp.where(kept, roots, 0)[:, None]
-    second = jnp.matmul(x.T, x, precision="highest")
-    return Moments(second=second, count=count, max_abs=max_abs)
+        roots = jnp.where(kept, roots, 0)[:, None]
+        x, apart = x * roots, None if apart is None else apart * roots
+    second = product(x.T, x)
+    drift = None if apart is None else product(x.T, apart)
+    return Moments(second=second, count=count, max_abs=max_abs, drift=drift)
 
 
 def massive_tokens(x: Float[Array, "*tokens n"], *, factor: float = 64.0) -> Bool[Array, "*tokens"]:
@@ -88,11 +95,11 @@ def massive_tokens(x: Float[Array, "*tokens n"], *, factor: float = 64.0) -> Boo
 
 def merge(a: Moments, b: Moments) -> Moments:
     """The moments of both sets of tokens together."""
-    if (a.output is None) != (b.output is None):
-        raise ValueError("merge: one side has output moments, the other has none")
+    if (a.drift is None) != (b.drift is None):
+        raise ValueError("merge: one side has drift, the other has none")
     return Moments(
         second=a.second + b.second,
         count=a.count + b.count,
         max_abs=jnp.maximum(a.max_abs, b.max_abs),
-        output=None if a.output is None or b.output is None else a.output + b.output,
+        drift=None if a.drift is None or b.drift is None else a.drift + b.drift,
     )

@@ -8,6 +8,7 @@ from jaxquant.methods.magr import linf_prox, magr
 from jaxquant.methods.offq import offq
 from jaxquant.methods.osaq import osaq, osaq_delta, osaq_kernel, osaq_primal, osaq_top, softmax_infinity
 from jaxquant.methods.problem import Problem
+from jaxquant.methods.qep import qep
 from jaxquant.methods.refit import better_columns, refit_grid
 from jaxquant.methods.rotate import Rotations, fold_norms, quarot, rotate
 from jaxquant.methods.rounded import Rounded, Stats, layer_error
@@ -55,6 +56,7 @@ __all__ = [
     "osaq_kernel",
     "osaq_primal",
     "osaq_top",
+    "qep",
     "quarot",
     "refit_grid",
     "rotate",

@@ -22,7 +22,7 @@ class Problem:
 
     Attributes:
       weight: `[..., in, out]`, what the next stage works on.
-      target: `[..., in, out]`, the original weight; no stage touches it.
+      target: `[..., in, out]`, the original weight; no stage but `qep` touches it.
       moments: of the layer's inputs.
       grid: static; the grid of the result.
       outputs: `[..., out, out]`, second moment of the loss gradients at the outputs, for methods that weigh

@@ -79,9 +79,21 @@ def test_jit_vmap_and_scan_over_blocks_equal_a_loop():
     assert_same(total, observe(x))
 
 
-def test_output_moments_must_be_on_both_sides():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_drift_is_the_product_with_what_is_missing(weighted):
+    x, original = tokens(3, 5, 4), tokens(3, 5, 4) + 0.1
+    weights = jnp.linspace(0, 2, 15).reshape(3, 5) if weighted else None
+    mask = jnp.arange(15).reshape(3, 5) != 7
+    moments = observe(x, mask=mask, weights=weights, original=original)
+    r = np.asarray(mask, np.float64).ravel() * (1 if weights is None else np.asarray(weights).ravel())
+    a, b = (np.asarray(part, np.float64).reshape(15, 4) for part in (x, original))
+    np.testing.assert_allclose(moments.drift, (r[:, None] * a).T @ (b - a), rtol=1e-5, atol=1e-5)
+    assert_same(dataclasses.replace(moments, drift=None), observe(x, mask=mask, weights=weights))
+
+
+def test_drift_must_be_on_both_sides():
     a = observe(tokens(5, 4))
-    b = dataclasses.replace(a, output=jnp.eye(3))
-    np.testing.assert_array_equal(merge(b, b).output, 2 * jnp.eye(3))
-    with pytest.raises(ValueError, match="output moments"):
+    b = dataclasses.replace(a, drift=jnp.eye(4))
+    np.testing.assert_array_equal(merge(b, b).drift, 2 * jnp.eye(4))
+    with pytest.raises(ValueError, match="one side has drift"):
         merge(a, b)
