@@ -30,7 +30,7 @@ class Stage:
         Raises:
           UsageError: the class is not registered.
         """
-        if not self.name:
+        if "name" not in vars(type(self)):  # a subclass would be read back as its parent
             raise UsageError(
                 f"{type(self).__name__} cannot be saved; decorate the class with @register(name)"
             )

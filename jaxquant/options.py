@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from jaxquant.errors import InputError, UsageError
 
@@ -18,14 +20,30 @@ def build(kind: type[_T], name: str, options: Mapping[str, Any]) -> _T:
     """`kind(**options)`.
 
     Raises:
-      UsageError: options that `kind` does not have; begins with `name`.
+      UsageError: options that `kind` does not have, or of another type than it names; begins with `name`.
     """
-    known = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
-    if unknown := set(options) - known:
+    known = {field.name: field.type for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    if unknown := set(options) - known.keys():
         raise UsageError(
             f"{name}: unknown options {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}"
         )
+    try:
+        hints = get_type_hints(kind)
+    except NameError:  # of a class inside a function
+        hints = {}
+    for option, value in options.items():
+        if option in hints and not _fits(value, hints[option]):
+            raise UsageError(f"{name}: {option} must be {known[option]}, got {value!r}")
     return kind(**options)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a file is of a type; what is no plain type is left to the class."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return hint not in (bool, str, NoneType) or isinstance(value, hint)
 
 
 def table_text(table: Mapping[str, Any]) -> str:
@@ -36,6 +54,8 @@ def table_text(table: Mapping[str, Any]) -> str:
             return "{ " + ", ".join(f"{k} = {value(x)}" for k, x in v.items() if x is not None) + " }"
         if isinstance(v, (list, tuple)):
             return "[" + "".join(f"\n  {value(x)}," for x in v) + ("\n]" if v else "]")
+        if isinstance(v, float) and math.isinf(v):
+            return str(v)
         return json.dumps(v)
 
     return "".join(f"{key} = {value(entry)}\n" for key, entry in table.items())

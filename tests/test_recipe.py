@@ -268,6 +268,35 @@ def test_unregistered_stages_cannot_be_saved():
     with pytest.raises(UsageError, match=r"Nothing cannot be saved; decorate the class with @register"):
         chain(RTN(), Nothing(), grid=GRID).to_dict()
 
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Smaller(Shrink):
+        pass
+
+    with pytest.raises(UsageError, match=r"Smaller cannot be saved; decorate the class with @register"):
+        Smaller().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ('{ stage = "osaq", eta = "300" }', "osaq: eta must be float, got '300'"),
+        ('{ stage = "osaq", support = 2.5 }', r"osaq: support must be int \| None, got 2.5"),
+        ('{ stage = "osaq", eta = true }', "osaq: eta must be float, got True"),
+        ('{ stage = "gptq", act_order = "no" }', "gptq: act_order must be bool, got 'no'"),
+        ('{ stage = "gptq", groups = 3 }', "unknown groups 3"),
+    ],
+)
+def test_options_of_another_type_are_refused(stage, message, tmp_path):
+    (tmp_path / "r.toml").write_text(f"stages = [{stage}]")
+    with pytest.raises(UsageError, match=message):
+        read_toml(tmp_path / "r.toml")
+
+
+def test_an_infinite_option_is_saved(tmp_path):
+    recipe = chain(OSAQ(eta=100, tau=float("inf")), RTN(), grid=GRID)
+    (tmp_path / "r.toml").write_text(to_toml(recipe))
+    assert read_toml(tmp_path / "r.toml") == recipe
+
 
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(UsageError, match=r"unknown recipe 'gtpq'; use one of rtn, gptq, gptq-refit"):
