@@ -64,8 +64,10 @@ class Best(Stage):
         choice = jnp.argmin(errors, axis=0)
 
         def chosen(a: Array) -> Array:
-            by_try = a.reshape(a.shape[0], tries, -1)
-            return jnp.take_along_axis(by_try, choice[None, None], axis=1)[:, 0]
+            own, *others = jnp.split(a, tries, axis=1)
+            for number, other in enumerate(others, start=1):
+                own = jnp.where(choice == number, other, own)
+            return own
 
         stats = dataclasses.replace(
             together.stats,

@@ -79,9 +79,18 @@ def _with(name: str, **facts: Any) -> Callable[[Grid], Recipe]:
     return lambda grid: dataclasses.replace(named(name, grid), **facts)
 
 
+def _two_strengths(grid: Grid) -> Recipe:
+    """The named recipe with a second, weaker price of output energy to choose from."""
+    recipe = named("osaq-gptq", grid)
+    (usual,) = recipe.stages[0].candidates  # pyright: ignore[reportAttributeAccessIssue]
+    weaker = dataclasses.replace(usual, eta=usual.eta / 3)
+    return dataclasses.replace(recipe, stages=(Best((usual, weaker)), *recipe.stages[1:]))
+
+
 #: Row: what else was tried against GPTQ, on strong grids.
 ROUTES: dict[str, Callable[[Grid], Recipe]] = {
     "GPTQ, two tries": lambda grid: chain(Best((Jitter(),)), GPTQ(), grid=grid),
+    "OSAQ (two strengths) + GPTQ": _two_strengths,
     "QEP + GPTQ": _with("qep-gptq"),
     "GPTQ, Fisher": _with("gptq", hessian="fisher"),
     "OSAQ + GPTQ, Fisher": _with("osaq-gptq", hessian="fisher"),
