@@ -23,12 +23,12 @@ class Best(Stage):
     The weight and what the candidates make of it go through the rest of the chain side by side, as one layer,
     and of every column the rounding with the least `d^T H d` is kept, `d` its distance from `problem.target`
     and `H = problem.moments.second`. So no column is worse than without candidates on the tokens of the
-    moments, and no layer. What follows must treat columns independently, as all roundings here do;
-    refinements that say that they couple columns come after the choice. Time and memory of the rounding are
-    those of `1 + len(candidates)` layers with one factorization.
+    moments, and no layer, but for what float32 makes of the errors. What follows must treat columns
+    independently, as all roundings here do; refinements that say that they couple columns come after the
+    choice. Time and memory of the rounding are those of `1 + len(candidates)` layers with one factorization.
 
     Attributes:
-      candidates: transforms; none of them is always tried, too.
+      candidates: transforms of the weight alone, which print differently; none of them is always tried, too.
     """
 
     candidates: tuple[Transform, ...]
@@ -38,6 +38,8 @@ class Best(Stage):
         for candidate in self.candidates:
             if not isinstance(candidate, Transform):
                 raise UsageError(f"best: {candidate} is no change of the weight; give OSAQ, MagR or your own")
+        if len(set(map(str, self.candidates))) < len(self.candidates):
+            raise UsageError(f"{self}: candidates need different names, which the log has; give each its own")
 
     def round(self, problem: Problem, then: Callable[[Problem], Rounded]) -> tuple[Problem, Rounded]:
         """`problem` with the chosen weight, and its rounding; `then` is the rest of the chain."""
@@ -61,6 +63,9 @@ class Best(Stage):
         )
         errors = column_energies(together.values(target.dtype) - jnp.tile(target, (1, tries)), h)
         errors = errors.reshape(tries, -1)
+        # A candidate may overflow; what is wrong without any has to show.
+        own = jnp.arange(tries)[:, None] == 0
+        errors = jnp.where(own | jnp.isfinite(errors), errors, jnp.inf)
         choice = jnp.argmin(errors, axis=0)
 
         def chosen(a: Array) -> Array:
@@ -72,6 +77,7 @@ class Best(Stage):
         stats = dataclasses.replace(
             together.stats,
             error=relative_energy(jnp.sum(jnp.min(errors, axis=0)), jnp.sum(column_energies(target, h))),
+            finite=together.stats.finite & jnp.all(jnp.isfinite(target)),
             choices=jnp.sum(choice[None] == jnp.arange(tries)[:, None], axis=1, dtype=jnp.int32),
         )
         rounded = dataclasses.replace(
@@ -85,7 +91,7 @@ class Best(Stage):
 
     def to_dict(self) -> dict[str, Any]:
         """See `Stage`."""
-        return {"stage": self.name, "candidates": [candidate.to_dict() for candidate in self.candidates]}
+        return {**super().to_dict(), "candidates": [candidate.to_dict() for candidate in self.candidates]}
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Stage:
@@ -94,4 +100,4 @@ class Best(Stage):
         return super().from_options({**options, "candidates": candidates})
 
     def __str__(self) -> str:
-        return f"best of (off, {', '.join(map(str, self.candidates))})"
+        return f"by column the best of (off, {', '.join(map(str, self.candidates))})"

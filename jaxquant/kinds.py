@@ -110,9 +110,11 @@ def stage_from_dict(fields: Mapping[str, Any]) -> Stage:
     Raises:
       UsageError: an unknown stage or option, or one is missing.
     """
+    if not isinstance(fields, Mapping):
+        raise UsageError(f'a stage is a table, {{ stage = "gptq" }}; got {fields!r}')
     options = dict(fields)
     name = options.pop("stage", None)
-    if name not in STAGES:
+    if not isinstance(name, str) or name not in STAGES:
         raise UsageError(f"unknown stage {name!r}; there are {', '.join(sorted(STAGES))}")
     return STAGES[name].from_options(options)
 

@@ -42,9 +42,10 @@ def masked(stage: Stage, pattern: str) -> Masked:
     return Masked(stage, pattern)
 
 
-def check_pattern(pattern: str) -> None:
-    """`UsageError` unless `pattern` is a regular expression."""
+def check_pattern(pattern: str) -> str:
+    """`pattern`; `UsageError` unless it is a regular expression."""
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
+    return pattern

@@ -62,12 +62,14 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
     hessians = 4 * sum(n * n for n in taps)
     batch = min(tokens, BATCH_TOKENS)
     widest = max(taps)
-    solve = 4 * (4 * widest * widest + 6 * max(n * m for n, m in shapes.values()))
+    tries = max(1, len(recipe.options))  # roundings of a linear, side by side
+    solve = 4 * (4 * widest * widest + 6 * tries * max(n * m for n, m in shapes.values()))
     activations = 4 * (2 * tokens * config.hidden_size + batch * (6 * config.hidden_size + 3 * widest))
     # 450 MB: the interpreter, JAX and its compiler.
     peak = 450e6 + 4 * embeddings + 3 * 4 * weights + hessians + solve + activations
 
     solving = sum(not isinstance(stage, (RTN, Keep, Tune)) for stage in recipe.stages)
+    solving = tries - 1 + tries * (solving - (tries > 1))
     solves = solving * sum(n * n * m * 4 + n**3 for n, m in shapes.values())
     passes = (1 + len(LINEARS)) if recipe.true_sequential else 2
     products = passes * 2 * tokens * weights + 2 * tokens * sum(n * n for n in taps)
@@ -83,7 +85,7 @@ def plan(config: ModelConfig, recipe: Recipe, *, samples: int, seqlen: int) -> P
         peak += 2 * 4 * layers * outputs
     if recipe.needs_originals:
         # The original model runs along, and drift is as large as the second moments.
-        products += 2 * 2 * tokens * weights + 2 * tokens * sum(n * n for n in taps)
+        products += passes * 2 * tokens * weights + 2 * tokens * sum(n * n for n in taps)
         peak += 4 * tokens * config.hidden_size + hessians
     for stage in recipe.finishes:
         if not isinstance(stage, Tune):  # of a user, who knows

@@ -98,6 +98,10 @@ class Recipe:
             )
         if self.folds and self.needs_originals:
             raise UsageError(f"{self.folds[0]} scales inputs that QEP compares; leave one out")
+        if self.finishes and self.needs_originals:
+            raise UsageError(f"{self.finishes[0]} goes by weights that QEP moves away from; leave one out")
+        if not isinstance(self.true_sequential, bool):
+            raise UsageError(f"true_sequential must be true or false, got {self.true_sequential!r}")
         if self.precision.hidden_hadamard:
             raise UsageError("precision: hidden_hadamard comes with a surgery; leave it out")
         if self.folds and self.true_sequential:
@@ -111,10 +115,11 @@ class Recipe:
         if any(isinstance(s.stage if isinstance(s, Masked) else s, GroupBits) for s in self.stages):
             self._check_group_bits()
         for position, best in enumerate(self.stages, start=1):
-            if isinstance(best, Best):
-                others = (*best.candidates, *self.stages[position:])
-                if any(isinstance(other, Best | GroupBits) for other in others):
-                    raise UsageError(f"bits by group go before {best}, and a second best leads nowhere")
+            if not isinstance(best, Best):
+                continue
+            behind = any(isinstance(stage, Best | Transform) for stage in self.stages[position:])
+            if behind or any(isinstance(candidate, GroupBits | QEP) for candidate in best.candidates):
+                raise UsageError(f"other transforms, QEP and bits by group go before: {best}")
         for field, kind in (("hessian", Hessian), ("mask", Mask)):
             if (value := getattr(self, field)) not in get_args(kind):
                 raise UsageError(f"unknown {field} {value!r}; use {' or '.join(get_args(kind))}")
@@ -282,7 +287,7 @@ class Recipe:
             precision=Precision.from_dict(fields.get("precision", {})),
             **{name: fields[name] for name in ("true_sequential", "hessian", "mask") if name in fields},
             rules=tuple(
-                (required(r, "pattern", "rule"), cls.from_dict(required(r, "recipe", "rule")))
+                (check_pattern(required(r, "pattern", "rule")), cls.from_dict(required(r, "recipe", "rule")))
                 for r in fields.get("rules", ())
             ),
         )

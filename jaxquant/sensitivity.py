@@ -179,7 +179,7 @@ def table_facts(
     """
     for recipe in recipes.values():
         whole = recipe.folds or recipe.finishes or recipe.surgery or recipe.precision != EXACT
-        if whole or recipe.keeps or recipe.needs_gradients:
+        if whole or recipe.keeps or recipe.needs_gradients or recipe.needs_originals:
             raise UsageError(
                 f"sensitivity: {recipe} does more than round linears; use rtn, gptq or osaq-gptq"
             )

@@ -121,7 +121,10 @@ class MagR(Transform):
         return magr(problem, alpha=self.alpha, iterations=self.iterations)
 
     def __str__(self) -> str:
-        return "MagR" if self.alpha is None else f"MagR (alpha {self.alpha:g})"
+        alpha = "" if self.alpha is None else f"alpha {self.alpha:g}"
+        steps = "" if self.iterations == 150 else f"{self.iterations} iterations"
+        options = ", ".join(filter(None, (alpha, steps)))
+        return f"MagR ({options})" if options else "MagR"
 
 
 @register("osaq")
@@ -175,7 +178,7 @@ class QEP(Transform):
         return qep(problem, alpha=self.alpha, percdamp=self.percdamp)
 
     def __str__(self) -> str:
-        return f"QEP (alpha {self.alpha:g})"
+        return f"QEP (alpha {self.alpha:g}, damping {self.percdamp:g})"
 
 
 @register("group-bits")

@@ -8,7 +8,7 @@ from tiny_families import tiny_config
 
 from jaxquant.models import ModelConfig
 from jaxquant.named import named
-from jaxquant.plan import token_cost
+from jaxquant.plan import plan, token_cost
 from jaxquant.quant import Grid
 
 SMOLLM2 = ModelConfig(
@@ -45,3 +45,12 @@ def test_inner_norms_cost_two_matrices():
     config = named("quarot-w4a4kv4", dataclasses.replace(GRID, group_size=None)).runtime(gemma)
     cost = token_cost(config, rotated=True)
     assert cost["post_rotation"] == gemma.num_layers * 2 * gemma.hidden_size**2
+
+
+def test_further_candidates_and_the_original_alongside_take_memory():
+    plain, osaq, qep = (
+        plan(SMOLLM2, named(name, GRID), samples=8, seqlen=512) for name in ("gptq", "osaq-gptq", "qep-gptq")
+    )
+    assert osaq.peak_bytes - plain.peak_bytes == 4 * 6 * 576 * 1536  # a second rounding of the largest
+    second_moments = 4 * (3 * 576**2 + 1536**2)
+    assert qep.peak_bytes - plain.peak_bytes == second_moments + 4 * 8 * 512 * 576

@@ -21,6 +21,7 @@ from jaxquant.stages import (
     AWQ,
     GPTQ,
     OSAQ,
+    QEP,
     RTN,
     Best,
     CoordinateDescent,
@@ -284,6 +285,10 @@ def test_unregistered_stages_cannot_be_saved():
         ('{ stage = "osaq", eta = true }', "osaq: eta must be float, got True"),
         ('{ stage = "gptq", act_order = "no" }', "gptq: act_order must be bool, got 'no'"),
         ('{ stage = "gptq", groups = 3 }', "unknown groups 3"),
+        ('{ stage = ["rtn"] }', r"unknown stage \['rtn'\]"),
+        ('"rtn"', "a stage is a table, .* got 'rtn'"),
+        ('{ stage = "masked", pattern = 3, of = { stage = "rtn" } }', "3 is no regular expression"),
+        ('{ stage = "rtn" }]\ntrue_sequential = "no"\nrules = [', "true_sequential must be true or false"),
     ],
 )
 def test_options_of_another_type_are_refused(stage, message, tmp_path):
@@ -317,9 +322,16 @@ def test_impossible_options_of_stages_are_refused():
         (Best((OSAQ(),)), Best((OSAQ(),))),
         (Best((OSAQ(),)), GroupBits()),
         (Best((GroupBits(),)),),
+        (Best((QEP(),)),),
+        (Best((OSAQ(),)), QEP()),
+        (Best((OSAQ(),)), MagR()),
     ):
-        with pytest.raises(UsageError, match=r"bits by group go before best of .* and a second best"):
+        with pytest.raises(UsageError, match=r"other transforms, QEP and bits by group go before: by column"):
             chain(*stages, GPTQ(), grid=GRID)
+    with pytest.raises(UsageError, match="candidates need different names"):
+        Best((MagR(), MagR()))
+    with pytest.raises(UsageError, match=r"tuned scales .* goes by weights that QEP moves away from"):
+        chain(QEP(), GPTQ(), Tune(), grid=GRID)
     with pytest.raises(UsageError, match=r"alpha=-0.001 .* must not be negative"):
         MagR(alpha=-1e-3)
     with pytest.raises(UsageError, match="unknown form 'Soft'"):
@@ -346,6 +358,18 @@ def test_a_candidate_that_fails_is_not_chosen(layer):
     assert rounded.stats.choices.tolist() == [layer[0].shape[1], 0]
     assert bool(rounded.stats.finite)
     np.testing.assert_array_equal(rounded.codes, gptq(*layer, GRID).codes)
+
+    @dataclasses.dataclass(frozen=True)
+    class Huge(Transform):
+        def __call__(self, problem):
+            return dataclasses.replace(problem, weight=problem.weight.at[:, :3].multiply(1e25))
+
+    wide = dataclasses.replace(GRID, scale_dtype="float32")
+    rounded = chain(Best((Huge(),)), RTN(), grid=wide)(Problem.of(*layer, wide))
+    np.testing.assert_array_equal(rounded.codes, rtn(*layer, wide).codes)
+    assert jnp.isfinite(rounded.stats.error)
+    unknown = dataclasses.replace(Problem.of(*layer, GRID), target=layer[0].at[3, 4].set(jnp.nan))
+    assert not chain(Best((Shrink(),)), RTN(), grid=GRID)(unknown).stats.finite
 
 
 def test_a_finish_comes_last_and_concerns_whole_blocks(tmp_path):

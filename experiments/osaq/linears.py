@@ -6,8 +6,10 @@ DIR and the grids are those of table.py: groups of 64, clip search, GPTQ with ac
 chosen column by column, as the named recipe does it; "two tries" is the same choice between the weight and
 the weight with noise. The error of a linear, `tr(D^T H D) / tr(W^T H W)`, is that on the calibration tokens,
 which the rounding saw, and on 12 x 512 tokens of WikiText-2 test, which nothing saw. "Taken": the mean
-share of columns that took the other try. Rows are added to results/linears.json one by one;
-results/linears.md is made from them.
+share of columns that took the other try. The flatness of a spectrum is the geometric over the arithmetic mean
+of the eigenvalues of the inputs' second moment: the lower, the more it decays, and the rank correlation with
+the ratio of errors tells whether OSAQ gains where its premise holds. Rows are added to results/linears.json
+one by one; results/linears.md is made from them.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 from table import recipe_of
 from windows import Bench, table
 
@@ -40,6 +43,7 @@ METHODS = (PLAIN, "GPTQ, two tries", "OSAQ + GPTQ")
 def errors_of(original: Any, config: Any, tokens: np.ndarray, fresh: np.ndarray) -> Callable[[Recipe], dict]:
     """A function that rounds all linears: their errors on both texts, and the share of columns that moved."""
     seen, new = (model_moments(original, config, text) for text in (tokens, fresh))
+    flatness = {tap: spectral_flatness(own.second) for tap, own in seen.items()}
 
     def errors(recipe: Recipe) -> dict:
         @jax.jit
@@ -53,17 +57,25 @@ def errors_of(original: Any, config: Any, tokens: np.ndarray, fresh: np.ndarray)
 
             return jax.lax.map(one, operands)
 
-        found: dict[str, list] = {"calibration": [], "test": [], "moved": []}
+        found: dict[str, list] = {"calibration": [], "test": [], "moved": [], "flatness": []}
         for tap, paths in LINEARS:
             for path in paths:
                 part, name = path.split(".")
                 kernel = original["blocks"][part][name]["kernel"]
                 operands = (kernel, seen[tap], new[tap])
-                for text, values in zip(found, every_block(*operands), strict=True):
-                    found[text] += np.asarray(values).tolist()
+                for fact, values in zip(found, (*every_block(*operands), flatness[tap]), strict=True):
+                    found[fact] += np.asarray(values).tolist()
         return found
 
     return errors
+
+
+def spectral_flatness(second: jax.Array) -> np.ndarray:
+    """Geometric over arithmetic mean of the eigenvalues, by block; none counts less than float32's noise."""
+    found = np.linalg.eigvalsh(np.asarray(second, np.float64))
+    noise = second.shape[-1] * np.finfo(np.float32).eps * found[:, -1:]
+    found = np.maximum(found, noise)
+    return np.exp(np.mean(np.log(found), axis=1)) / np.mean(found, axis=1)
 
 
 def main() -> None:
@@ -98,16 +110,19 @@ def write(bench: Bench) -> None:
             geometric = np.exp(np.mean(np.log(ratio)))
             cells += [f"{geometric:.3f}", f"{worse.sum()} of {ratio.size}", f"{ratio.max():.3f}"]
         taken = f"{100 * np.mean(row['moved']):.0f} %"
-        lines.append([str(row["bits"]), row["method"], str(row["seed"]), taken, *cells])
+        ratio = np.asarray(row["test"]) / np.asarray(plain[row["bits"], row["seed"]]["test"])
+        correlation = f"{scipy.stats.spearmanr(row['flatness'], ratio)[0]:.2f}"
+        lines.append([str(row["bits"]), row["method"], str(row["seed"]), taken, *cells, correlation])
     columns = [f"{text}: {c}" for text in ("calibration", "test") for c in ("mean ratio", "worse", "worst")]
-    columns = ["bits", "method", "seed", "taken", *columns]
+    columns = ["bits", "method", "seed", "taken", *columns, "test: correlation"]
     text = [
         "# Error of every linear of SmolLM2-135M over that of GPTQ",
         "",
         "On the inputs that linears have in the original: geometric mean over 210 linears, how many are over "
         "1, the largest. Groups of 64, clip search, act-order; calibrated on 24 x 512 tokens of WikiText-2 "
         "train, test: 12 x 512 of its test part. Taken: share of a linear's columns, in the mean, that "
-        "took the step, or the weight with 1 % noise; the others are GPTQ's.",
+        "took the step, or the weight with 1 % noise; the others are GPTQ's. Correlation: Spearman's, over "
+        "linears, between the flatness of the spectrum of the inputs and the ratio of errors.",
         "",
         table(columns, lines),
     ]

@@ -72,7 +72,9 @@ def observe(
     x = jnp.where(kept[:, None], x, 0)
     count = jnp.sum(kept, dtype=jnp.int32)
     max_abs = jnp.max(jnp.abs(x), axis=0, initial=0)
-    apart = None if original is None else original.reshape(x.shape).astype(jnp.float32) - x
+    apart = None
+    if original is not None:
+        apart = jnp.where(kept[:, None], original.reshape(x.shape).astype(jnp.float32) - x, 0)
     if weights is not None:
         roots = jnp.sqrt(weights.reshape(-1).astype(jnp.float32))
         roots = jnp.where(kept, roots, 0)[:, None]

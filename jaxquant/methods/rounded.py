@@ -20,7 +20,8 @@ class Stats:
     """Diagnostics of one rounding, one number per matrix.
 
     Attributes:
-      error: relative layer error `tr(D^T H D) / tr(W^T H W)`, `D = What - W`, against the original weight.
+      error: relative layer error `tr(D^T H D) / tr(W^T H W)`, `D = What - W`, against the original weight
+        (behind `qep`, against what it made of it).
       damping: damping used, in units of `mean(diag H)`; 0 where the method needs none.
       attempts: factorizations tried; 0 where the method needs none.
       fallback: the factorization failed on every rung and the result is that of rounding to nearest.

@@ -84,7 +84,8 @@ def test_drift_is_the_product_with_what_is_missing(weighted):
     x, original = tokens(3, 5, 4), tokens(3, 5, 4) + 0.1
     weights = jnp.linspace(0, 2, 15).reshape(3, 5) if weighted else None
     mask = jnp.arange(15).reshape(3, 5) != 7
-    moments = observe(x, mask=mask, weights=weights, original=original)
+    broken = original.at[1, 2].set(jnp.nan)  # is masked
+    moments = observe(x, mask=mask, weights=weights, original=broken)
     r = np.asarray(mask, np.float64).ravel() * (1 if weights is None else np.asarray(weights).ravel())
     a, b = (np.asarray(part, np.float64).reshape(15, 4) for part in (x, original))
     np.testing.assert_allclose(moments.drift, (r[:, None] * a).T @ (b - a), rtol=1e-5, atol=1e-5)

@@ -74,7 +74,9 @@ def test_it_maps_over_stacks_and_has_gradients(inputs):
     problem = problem_of(*inputs)
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), problem)
     together = jax.vmap(qep)(stack)
-    np.testing.assert_allclose(together.weight[0], qep(problem).weight, rtol=1e-5, atol=1e-5)
+    for i in range(2):
+        one = qep(jax.tree.map(lambda leaf, i=i: leaf[i], stack))
+        np.testing.assert_allclose(together.weight[i], one.weight, rtol=1e-5, atol=1e-5)
 
     def size(alpha):
         return jnp.sum(jnp.square(qep(problem, alpha=alpha).weight))
