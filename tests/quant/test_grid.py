@@ -320,3 +320,14 @@ def test_the_name_says_what_decides_the_numbers():
         "W2 g64 symmetric full, mse clip search"
     )
     assert str(Grid(bits=3)) == "W3 per-channel asymmetric, min-max"
+
+
+@pytest.mark.parametrize(("groups", "out"), [(1, 1921), (5, 577)])
+def test_clip_search_by_parts_equals_that_of_each_column(groups: int, out: int):
+    grid = Grid(bits=2, group_size=16, clip="mse")
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((16 * groups, out)), jnp.float32)
+    scale, zero = grid.fit(w)
+    for columns in (slice(0, 300), slice(300, out)):
+        own_scale, own_zero = grid.fit(w[:, columns])
+        np.testing.assert_array_equal(scale[:, columns], own_scale)
+        np.testing.assert_array_equal(zero[:, columns], own_zero)
