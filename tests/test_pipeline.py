@@ -28,7 +28,7 @@ from jaxquant.models.init import init_params
 from jaxquant.named import named
 from jaxquant.pipeline import quantize_model
 from jaxquant.plan import plan
-from jaxquant.quant import Grid, QArray, QStack, is_packed
+from jaxquant.quant import Grid, PairedArray, QArray, QStack, is_packed
 from jaxquant.recipe import by_path, chain
 from jaxquant.records import read_rows
 from jaxquant.stages import AWQ, FINE, GPTQ, QEP, RTN, Best, CoordinateDescent, GroupBits, Keep, MagR, Tune
@@ -112,6 +112,16 @@ def test_errors_are_those_of_the_saved_weights_on_the_inputs_from_the_quantized_
             error = layer_error(packed[part][name]["kernel"].dequantize(), weight, observe(taps[tap]).second)
             assert float(error) == pytest.approx(reported[f"blocks.{index}.{path}"], rel=1e-4)
         x, _, _ = run_block(packed, config, x, sliding=False)
+
+
+def test_on_tpus_a_model_is_loaded_in_pairs(finished, tokens, monkeypatch):
+    folder, _, _ = finished
+    model = load_model(str(folder))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    on_tpu = load_model(str(folder))
+    assert isinstance(on_tpu.params["blocks"]["mlp"]["down"]["kernel"], PairedArray)
+    logits, expected = (run(m.params, m.config, jnp.asarray(tokens[:1])).logits for m in (on_tpu, model))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_reload_is_bit_exact_and_runs(finished, tokens):

@@ -3,12 +3,12 @@
     python experiments/kernels/aot.py [--chip v6e]
 
 Compiles `jaxquant.kernels.dequant_matmul` ahead of time for linears of SmolLM2-135M, Llama-3-8B and
-Llama-3-70B, one token and 1024 tokens, and `integer_matmul` for some of them, in one process a chip, since a
-compiler may abort; with `--chip`, for that one in this process, and prints the rows. On v6e and GPUs
-the scan and the plain product with a `jnp.uint4` or `jnp.uint2` weight are compiled beside it. Needs `libtpu`
-of the version that jax pins (extra `aot`), and `jax-cuda12-plugin` and `jax-cuda12-pjrt` of the version of
-jax, installed with `--no-deps`: no driver and no CUDA. Writes results/aot.json and results/aot.md. Nothing is
-run: `floor_us` is bytes over bandwidth.
+Llama-3-70B, one token and 1024 tokens, on TPUs with scales and zeros in pairs, too, and `integer_matmul` for
+some of them, in one process a chip, since a compiler may abort; with `--chip`, for that one in this process,
+and prints the rows. On v6e and GPUs the scan and the plain product with a `jnp.uint4` or `jnp.uint2` weight
+are compiled beside it. Needs `libtpu` of the version that jax pins (extra `aot`), and `jax-cuda12-plugin` and
+`jax-cuda12-pjrt` of the version of jax, installed with `--no-deps`: no driver and no CUDA. Writes
+results/aot.json and results/aot.md. Nothing is run: `floor_us` is bytes over bandwidth.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def compile_all(chip: str) -> list[dict]:
     import jax
     import jax.numpy as jnp
 
-    from jaxquant.kernels.dequant_matmul import dequant_matmul
+    from jaxquant.kernels.dequant_matmul import dequant_matmul, paired_matmul
     from jaxquant.kernels.integer_matmul import integer_matmul
     from jaxquant.quant.packing import block_rows, packed_rows
 
@@ -125,6 +125,14 @@ def compile_all(chip: str) -> list[dict]:
         how = {None: "pallas", "portable": "scan"}[backend]
         x = (array((tokens, rows), jnp.bfloat16),)
         return row(product, name, bits, tokens, how, bits / 8 * rows * out, x, *weight(name, bits))
+
+    def pairs(name: str, bits: int, tokens: int) -> dict:
+        rows, out, size = LINEARS[name]
+        product = functools.partial(paired_matmul, bits=bits, block=block_rows(size))
+        words, *_ = weight(name, bits)
+        x = (array((tokens, rows), jnp.bfloat16),)
+        metadata = array((rows // size, 1, out), jnp.uint32)
+        return row(product, name, bits, tokens, "paired", bits / 8 * rows * out, x, words, metadata)
 
     def integers(name: str, bits: int, tokens: int, x_groups: int) -> dict:
         rows, out, size = LINEARS[name]
@@ -167,6 +175,9 @@ def compile_all(chip: str) -> list[dict]:
 
     rows = [packed(name, bits, 1, None) for name in LINEARS for bits in WIDTHS]
     rows += [packed(name, 4, PREFILL, None) for name in LINEARS]
+    if chip not in GPUS:
+        rows += [pairs(name, bits, 1) for name in LINEARS for bits in WIDTHS]
+        rows += [pairs(name, 4, PREFILL) for name in LINEARS]
     if chip != "B200":
         rows += [integers("8B up", bits, 1, 1) for bits in (3, 4, 8)]
         rows += [integers(name, 4, PREFILL, 1) for name in ("SmolLM2 up", "8B up", "70B down")]

@@ -3,10 +3,10 @@
     python experiments/kernels/block.py [--chip v6e]
 
 Compiles `jaxquant.models.decoder.block` ahead of time for the shapes of SmolLM2-135M, Llama-3-8B and
-Llama-3-70B, all linears W4 in groups, activations in bfloat16: one token behind a cache of 4096, and a prompt
-of 512 into a cache of its length. Parameters are shapes, no array is made. As in aot.py, which has what they
-need installed, there is a process a chip, nothing is run, and `floor_us` is bytes of arguments over
-bandwidth. Writes results/block.json and results/block.md.
+Llama-3-70B, all linears W4 in groups (for TPUs `paired`), activations in bfloat16: one token behind a cache
+of 4096, and a prompt of 512 into a cache of its length. Parameters are shapes, no array is made. As in
+aot.py, which has what they need installed, there is a process a chip, nothing is run, and `floor_us` is bytes
+of arguments over bandwidth. Writes results/block.json and results/block.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def compile_all(chip: str) -> list[dict]:
     from jaxquant.models.config import LINEARS, ModelConfig
     from jaxquant.models.decoder import block
     from jaxquant.models.init import init_params
-    from jaxquant.quant import Grid, quantize
+    from jaxquant.quant import Grid, paired, quantize
 
     sharding = jax.sharding.SingleDeviceSharding(aot.device(chip))
 
@@ -56,6 +56,8 @@ def compile_all(chip: str) -> list[dict]:
                 kernel = params[part][linear]["kernel"].astype(jnp.float32)
                 params[part][linear]["kernel"] = quantize(kernel, Grid(bits=BITS, group_size=size))
             cache = init_cache(config, 1, places)
+            if chip not in aot.GPUS:
+                params = paired(params)
             params, slices = jax.tree.map(lambda a: a[0], (params, (cache.k, cache.v)))
             return params, dataclasses.replace(cache, k=slices[0], v=slices[1])
 

@@ -6,10 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from jaxquant.errors import InputError
 from jaxquant.io import checkpoint
 from jaxquant.io.source import load_params, open_model
 from jaxquant.models.config import ModelConfig
+from jaxquant.quant import paired
 
 if TYPE_CHECKING:
     import tokenizers
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """Parameters on the device, the static config, and the tokenizer."""
+    """Parameters on the device (`quant.paired` on TPUs), the static config, and the tokenizer."""
 
     name: str
     params: dict[str, Any]
@@ -41,6 +44,8 @@ def load_model(spec: str) -> LoadedModel:
     import tokenizers
 
     params, config = checkpoint.load_checkpoint(folder)
+    if jax.default_backend() == "tpu":
+        params = paired(params)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:

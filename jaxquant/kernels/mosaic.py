@@ -28,8 +28,13 @@ def bits_of_half(a: Array) -> Array:
     return jax.lax.bitcast_convert_type(a, jnp.int16) if a.dtype == jnp.float16 else a.astype(jnp.float32)
 
 
+def halves(pairs: Array) -> tuple[Array, Array]:
+    """The lower and the upper 16 bits of int32, extended by their signs."""
+    return (pairs << 16) >> 16, pairs >> 16
+
+
 def widened(a: Array) -> Array:
-    """float32 of the bits of float16, in integers: exact, with subnormals, infinities and NaN."""
+    """float32 of the bits of float16 in an integer: exact, with subnormals, infinities and NaN."""
     if a.dtype == jnp.float32:
         return a
     half = a.astype(jnp.int32)

@@ -5,6 +5,7 @@ from jaxquant.quant.grid import Grid, working_dtype
 from jaxquant.quant.heads import PackedHeads
 from jaxquant.quant.mixed import MixedQArray, Packed, QStack, is_packed
 from jaxquant.quant.packing import pack, packed_rows, unpack
+from jaxquant.quant.paired import PairedArray, paired
 from jaxquant.quant.qarray import QArray, quantize
 
 __all__ = [
@@ -13,12 +14,14 @@ __all__ = [
     "MixedQArray",
     "Packed",
     "PackedHeads",
+    "PairedArray",
     "QActivation",
     "QArray",
     "QStack",
     "is_packed",
     "pack",
     "packed_rows",
+    "paired",
     "quantize",
     "unpack",
     "working_dtype",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Integer, UInt
+from jaxtyping import Array, Float, Integer, UInt
 
 from jaxquant.errors import InputError
 
@@ -86,7 +86,36 @@ def unpack(words: UInt[Array, "*stack words out"], bits: int, rows: int) -> UInt
     return codes
 
 
-def check_packed(channels: int, words: Array, scale: Array, zero: Array, *, bits: int, block: int) -> None:
+def pair(
+    scale: Float[Array, "*stack groups out"], zero: Float[Array, "*stack groups out"]
+) -> UInt[Array, "*stack groups 1 out"]:
+    """float16 scales and zeros as uint32: the bits of the scale below those of the zero.
+
+    The axis of length 1 keeps TPUs from padding groups: their arrays come in tiles of 8 rows of 128 numbers,
+    of 16 bits in pairs of rows, but a single row of 32 bits is a tile of its own.
+    """
+    low, high = (jax.lax.bitcast_convert_type(a, jnp.uint16).astype(jnp.uint32) for a in (scale, zero))
+    return (low | high << 16)[..., None, :]
+
+
+def unpair(
+    pairs: UInt[Array, "*stack groups 1 out"],
+) -> tuple[Float[Array, "*stack groups out"], Float[Array, "*stack groups out"]]:
+    """The scales and zeros that `pair` was given."""
+    halves = (part.astype(jnp.uint16)[..., 0, :] for part in (pairs, pairs >> 16))
+    scale, zero = (jax.lax.bitcast_convert_type(half, jnp.float16) for half in halves)
+    return scale, zero
+
+
+def check_packed(
+    channels: int,
+    words: Array,
+    scale: Array | jax.ShapeDtypeStruct,
+    zero: Array | jax.ShapeDtypeStruct,
+    *,
+    bits: int,
+    block: int,
+) -> None:
     """InputError unless words, scales and zeros are those of `channels` inputs: kernels rely on it."""
     depth = packed_rows(block, bits, jnp.iinfo(words.dtype).bits)
     blocks, out = words.shape[0], words.shape[2]

@@ -95,10 +95,6 @@ class QArray:
         Quantized activations are multiplied as integers, unless `order` tears their groups apart. `q` must be
         one matrix: `vmap` or `scan` over the leading axes of a stack.
         """
-        if self.words.ndim != 3:
-            raise ValueError(
-                f"x @ QArray needs one matrix, not a stack of {self.scale.shape[:-2]}; use jax.vmap"
-            )
         if isinstance(x, QActivation):
             in_floats = x.values @ self
             if self.order is not None:
@@ -109,14 +105,25 @@ class QArray:
             )  # fmt: skip
             # Nothing but the gradient of the other product is computed, under `jit`.
             return straight_through(in_floats, y.astype(in_floats.dtype))
+        x = self.inputs(x)
+        return dequant_matmul(x, self.words, self.scale, self._zero(), bits=self.grid.bits, block=self.block)
+
+    def inputs(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows in"]:
+        """`x` in packed row order.
+
+        Raises:
+          ValueError: `self` is a stack, or `x` has no floats or another width.
+        """
+        if self.words.ndim != 3:
+            raise ValueError(
+                f"x @ QArray needs one matrix, not a stack of {self.words.shape[:-3]}; use jax.vmap"
+            )
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x @ QArray: x is {x.dtype}; convert it to a float dtype")
         if x.shape[-1] != self.shape[0]:
             raise ValueError(f"x @ QArray: x has {x.shape[-1]} features, the weight {self.shape[0]} inputs")
-        if self.order is not None:
-            x = jnp.take(x, self.order, axis=-1)
-        return dequant_matmul(x, self.words, self.scale, self._zero(), bits=self.grid.bits, block=self.block)
+        return x if self.order is None else jnp.take(x, self.order, axis=-1)
 
     def _zero(self) -> Array:
         return jnp.full_like(self.scale, self.grid.constant_zero) if self.zero is None else self.zero

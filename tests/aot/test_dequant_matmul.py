@@ -11,13 +11,16 @@ CHIPS = ["v4", "v5e", "v5p", "v6e", "tpu7x"]
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_memory_is_that_of_the_packed_weight(chip, compiled):
-    rows = [row for row in compiled("aot.py", chip) if row["how"] == "pallas"]
-    assert {row["bits"] for row in rows} == {2, 3, 4, 8}
+    rows = [row for row in compiled("aot.py", chip) if row["how"] in ("pallas", "paired")]
+    assert {(row["bits"], row["how"]) for row in rows} == {
+        (bits, how) for bits in (2, 3, 4, 8) for how in ("pallas", "paired")
+    }
     for row in rows:
         small = row["linear"].startswith("SmolLM2")
         assert row["calls"] == 1, row
-        # Registers are 8 x 128: of SmolLM2 576 outputs take 640 and 9 groups 16.
-        assert row["argument_bytes"] < (1.2 if small else 1.05) * row["packed_bytes"], row
+        # Registers are 8 x 128: of SmolLM2 576 outputs take 640, and 9 groups 16 unless in pairs.
+        padded = row["linear"] == "SmolLM2 down" or (small and row["how"] == "pallas")
+        assert row["argument_bytes"] < (1.2 if padded else 1.05) * row["packed_bytes"], row
         # v5p copies scales, and x where it is narrow: 1024 tokens are as large as a weight of SmolLM2.
         if not small or row["tokens"] == 1:
             assert row["temp_bytes"] < (0.15 if small else 0.05) * row["bf16_bytes"], row

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant.errors import UsageError
-from jaxquant.kernels.dequant_matmul import dequant_matmul, reference, tpu
+from jaxquant.kernels.dequant_matmul import dequant_matmul, paired_matmul, reference, tpu
 from jaxquant.quant import pack
+from jaxquant.quant.packing import pair
 
 
 def problem(
@@ -36,6 +37,13 @@ def assert_close(y, x, words, scale, zero, *, bits, block):
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=0, atol=atol)
 
 
+def call(x, words, scale, zero, *, paired, **options):
+    """The kernel, given scales and zeros apart or in pairs."""
+    if paired:
+        return tpu.paired_matmul(x, words, pair(scale, zero), **options)
+    return tpu.dequant_matmul(x, words, scale, zero, **options)
+
+
 @pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
@@ -46,16 +54,17 @@ def assert_close(y, x, words, scale, zero, *, bits, block):
     out=st.integers(1, 300),
     bits=st.integers(1, 8),
     word_dtype=st.sampled_from([jnp.uint8, jnp.uint32]),
-    scale_dtype=st.sampled_from([jnp.float16, jnp.float32]),
+    metadata=st.sampled_from([("float16", False), ("float32", False), ("float16", True)]),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
 )
 def test_equals_reference(
-    rows, groups, blocks_per_group, block, out, bits, word_dtype, scale_dtype, dtype
+    rows, groups, blocks_per_group, block, out, bits, word_dtype, metadata, dtype
 ):  # fmt: skip
+    scale_dtype, paired = metadata
     shape = (rows, groups, blocks_per_group, block, out, bits)
     x, *weight = problem(*shape, word_dtype=word_dtype, scale_dtype=scale_dtype)
     x = x.astype(dtype)
-    y = tpu.dequant_matmul(x, *weight, bits=bits, block=block, interpret=True)
+    y = call(x, *weight, paired=paired, bits=bits, block=block, interpret=True)
     assert_close(y, x, *weight, bits=bits, block=block)
 
 
@@ -71,24 +80,28 @@ CASES = {
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=[pytest.mark.slow] * (c != "one tile")) for c in CASES]
 )
+@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("hardware", [False, True])
-def test_tiles_and_races(case, hardware):
+def test_tiles_and_races(case, hardware, paired):
     """On `hardware` memory is emulated: unsynchronized accesses raise, fresh memory reads as NaN."""
     shape, dtype = CASES[case]
     x, *weight = problem(*shape)
     x, options = x.astype(dtype), {"bits": shape[-1], "block": shape[3]}
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan") if hardware else True
-    y = tpu.dequant_matmul(x, *weight, **options, interpret=interpret)
+    y = call(x, *weight, paired=paired, **options, interpret=interpret)
     assert_close(y, x, *weight, **options)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("rows", [1, 600])
-def test_lowers_to_one_call(bits, rows):
+@pytest.mark.parametrize("paired", [False, True])
+def test_lowers_to_one_call(bits, rows, paired):
     """Mosaic verifies blocks and operations; the default backend is the kernel there, and is not here."""
-    x, *weight = problem(rows, 16, 1, 128, 1100, bits)
-    product = jax.jit(functools.partial(dequant_matmul, bits=bits, block=128))
-    traced = product.trace(x.astype(jnp.bfloat16), *weight)
+    x, words, *metadata = problem(rows, 16, 1, 128, 1100, bits)
+    if paired:
+        metadata = [pair(*metadata)]
+    product = jax.jit(functools.partial(paired_matmul if paired else dequant_matmul, bits=bits, block=128))
+    traced = product.trace(x.astype(jnp.bfloat16), words, *metadata)
     assert traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call") == 1
     assert "@tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 

@@ -1,5 +1,5 @@
 """`x @ dequantize(words)` for packed weights with grouped scales and zeros."""
 
-from jaxquant.kernels.dequant_matmul.api import dequant_matmul
+from jaxquant.kernels.dequant_matmul.api import dequant_matmul, paired_matmul
 
-__all__ = ["dequant_matmul"]
+__all__ = ["dequant_matmul", "paired_matmul"]

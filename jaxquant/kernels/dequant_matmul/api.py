@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt
 
 from jaxquant.kernels.dequant_matmul import cpu, gpu, scan, tpu
@@ -13,6 +15,7 @@ _dequant_matmul = by_platform(
     {"cpu": [cpu.KERNEL], "tpu": [tpu.KERNEL], "cuda": [gpu.HOPPER, gpu.BLACKWELL]},
     rows=1,
 )
+_paired_matmul = by_platform(scan.paired_matmul, {"tpu": [tpu.PAIRED]}, rows=1)
 
 
 def dequant_matmul(
@@ -50,4 +53,25 @@ def dequant_matmul(
     check_packed(x.shape[-1], words, scale, zero, bits=bits, block=block)
     rows = x.reshape(-1, x.shape[-1])
     y = _dequant_matmul(rows, words, scale, zero, backend=backend, bits=bits, block=block)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def paired_matmul(
+    x: Float[Array, "*rows in"],
+    words: UInt[Array, "blocks words out"],
+    pairs: UInt[Array, "groups 1 out"],
+    *,
+    bits: int,
+    block: int,
+    backend: Backend | None = None,
+) -> Float[Array, "*rows out"]:
+    """`dequant_matmul` with scales and zeros as `quant.packing.pair` packs them, for TPUs.
+
+    Elsewhere the portable implementation runs. It is differentiable in `x`. Arguments and errors are those of
+    `dequant_matmul`.
+    """
+    scale = jax.ShapeDtypeStruct((*pairs.shape[:-2], pairs.shape[-1]), jnp.float16)
+    check_packed(x.shape[-1], words, scale, scale, bits=bits, block=block)
+    rows = x.reshape(-1, x.shape[-1])
+    y = _paired_matmul(rows, words, pairs, backend=backend, bits=bits, block=block)
     return y.reshape(*x.shape[:-1], y.shape[-1])

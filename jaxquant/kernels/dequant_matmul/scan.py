@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, UInt
 
 from jaxquant.kernels.platform import varying_alike
 from jaxquant.quant.grid import working_dtype
-from jaxquant.quant.packing import unpack
+from jaxquant.quant.packing import unpack, unpair
 
 # Rows dequantized at once. A tile of 512 x out stays in the last-level cache, and with many rows of x the
 # accumulator is read and written once per tile, not once per group.
@@ -49,3 +49,15 @@ def dequant_matmul(
     start, *_ = varying_alike(jnp.zeros((x.shape[0], out), wide), x, words, scale, zero)
     acc, _ = jax.lax.scan(add_tile, start, tiled)
     return acc.astype(x.dtype)
+
+
+def paired_matmul(
+    x: Float[Array, "rows in"],
+    words: UInt[Array, "blocks words out"],
+    pairs: UInt[Array, "groups 1 out"],
+    *,
+    bits: int,
+    block: int,
+) -> Float[Array, "rows out"]:
+    """`dequant_matmul` with scales and zeros as `quant.packing.pair` packs them."""
+    return dequant_matmul(x, words, *unpair(pairs), bits=bits, block=block)

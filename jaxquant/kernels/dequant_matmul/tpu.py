@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, UInt
 
-from jaxquant.kernels.mosaic import LANES, SUBLANES, bits_of_half, even, unpack_int32, widened
+from jaxquant.kernels.mosaic import LANES, SUBLANES, bits_of_half, even, halves, unpack_int32, widened
 from jaxquant.kernels.platform import Kernel
 
 # Of 16 MiB of VMEM, which is what v4 has and what the compiler grants on every chip: a tile of the weight
@@ -49,16 +49,34 @@ def dequant_matmul(
     Args:
       interpret: as in `pallas_call`: how to run where there is no TPU.
     """
+    return _call(x, words, *map(bits_of_half, (scale, zero)), bits=bits, block=block, interpret=interpret)
+
+
+def paired_matmul(
+    x: Float[Array, "rows in"],
+    words: UInt[Array, "blocks words out"],
+    pairs: UInt[Array, "groups 1 out"],
+    *,
+    bits: int,
+    block: int,
+    interpret: Any = False,
+) -> Float[Array, "rows out"]:
+    """`dequant_matmul` with scales and zeros as `quant.packing.pair` packs them."""
+    pairs = jax.lax.bitcast_convert_type(pairs, jnp.int32)
+    return _call(x, words, pairs, bits=bits, block=block, interpret=interpret)
+
+
+def _call(x: Array, words: Array, *per_group: Array, bits: int, block: int, interpret: Any) -> Array:
     rows, channels = x.shape
     blocks, depth, out = words.shape
-    groups = scale.shape[0]
-    tiles = _tiles(rows, blocks, block, out, groups, x.dtype.itemsize)
+    groups, *one, _ = per_group[0].shape
+    tiles = _tiles(rows, blocks, block, out, groups, x.dtype.itemsize, paired=bool(one))
     width = tiles.blocks * block
     grid = (pl.cdiv(rows, tiles.rows), pl.cdiv(out, tiles.out), blocks // tiles.blocks)
     whole = tiles.groups == groups
-    per_group = pl.BlockSpec((tiles.groups, tiles.out), lambda i, j, k: (0 if whole else k, j))
-    scale, zero = map(bits_of_half, (scale, zero))
-    passes = x.nbytes * grid[1] + (words.nbytes + scale.nbytes + zero.nbytes) * grid[0]
+    table = (tiles.groups, *one, tiles.out)
+    metadata = pl.BlockSpec(table, lambda i, j, k: (0 if whole else k, *[0] * len(one), j))
+    passes = x.nbytes * grid[1] + (words.nbytes + sum(a.nbytes for a in per_group)) * grid[0]
     return pl.pallas_call(
         functools.partial(_kernel, bits=bits, block=block, blocks_per_group=blocks // groups, whole=whole),
         out_shape=jax.ShapeDtypeStruct((rows, out), x.dtype, manual_axis_type=jax.typeof(x).mat),
@@ -66,12 +84,11 @@ def dequant_matmul(
         in_specs=[
             pl.BlockSpec((tiles.rows, width), lambda i, j, k: (i, k)),
             pl.BlockSpec((tiles.blocks, depth, tiles.out), lambda i, j, k: (k, 0, j)),
-            per_group,
-            per_group,
+            *[metadata] * len(per_group),
         ],
         out_specs=pl.BlockSpec((tiles.rows, tiles.out), lambda i, j, k: (i, j)),
         scratch_shapes=[
-            *[pltpu.VMEM((tiles.groups, tiles.out), jnp.float32)] * 2,
+            *[pltpu.VMEM(table, jnp.float32)] * 2,
             pltpu.VMEM((tiles.blocks, block, tiles.out), x.dtype),
             pltpu.VMEM((tiles.rows, tiles.out), jnp.float32),
         ],
@@ -83,10 +100,10 @@ def dequant_matmul(
         ),
         interpret=interpret,
         name="dequant_matmul",
-    )(x, words, scale, zero)
+    )(x, words, *per_group)
 
 
-def _refuses(x: Any, words: Any, scale: Any, zero: Any, *, bits: int, block: int) -> str:
+def _refuses(x: Any, words: Any, *per_group: Any, bits: int, block: int) -> str:
     tile = _in_blocks(words.shape[0], block) * block * LANES * x.dtype.itemsize
     taken = (
         x.dtype in (jnp.bfloat16, jnp.float32)
@@ -105,13 +122,16 @@ def _refuses(x: Any, words: Any, scale: Any, zero: Any, *, bits: int, block: int
 
 
 KERNEL = Kernel(dequant_matmul, _refuses)
+PAIRED = Kernel(paired_matmul, _refuses)
 
 
-def _tiles(rows: int, blocks: int, block: int, out: int, groups: int, itemsize: int) -> _Tiles:
+def _tiles(
+    rows: int, blocks: int, block: int, out: int, groups: int, itemsize: int, *, paired: bool
+) -> _Tiles:
     in_blocks = _in_blocks(blocks, block)
     in_groups = in_blocks * groups // blocks
-    # A block of an array is whole or made of whole registers.
-    cut = in_groups % SUBLANES == 0 and in_groups * blocks == in_blocks * groups
+    # A block of an array is whole or made of whole registers; a pair has a register to itself.
+    cut = (paired or in_groups % SUBLANES == 0) and in_groups * blocks == in_blocks * groups
     widest = min(_OUT, _TILE_BYTES // (in_blocks * block * itemsize) // LANES * LANES)
     return _Tiles(
         rows=even(rows, _ROW_BYTES // itemsize, 2 * SUBLANES),
@@ -130,19 +150,20 @@ def _in_blocks(blocks: int, block: int) -> int:
 def _kernel(
     x_ref: Any,  # [rows, in]
     words_ref: Any,  # [blocks, words, out]
-    scale_ref: Any,  # [groups, out], float32 or bits of float16
-    zero_ref: Any,
-    y_ref: Any,  # [rows, out]
-    wide_scale_ref: Any,  # [groups, out] float32
-    wide_zero_ref: Any,
-    weight_ref: Any,  # [blocks, block, out]
-    sum_ref: Any,  # [rows, out] float32
-    *,
+    *refs: Any,
     bits: int,
     block: int,
     blocks_per_group: int,
     whole: bool,
 ) -> None:
+    (
+        *per_group,  # scale and zero [groups, out], float32 or bits of float16; or pairs [groups, 1, out]
+        y_ref,  # [rows, out]
+        wide_scale_ref,  # float32, shaped as they are
+        wide_zero_ref,
+        weight_ref,  # [blocks, block, out]
+        sum_ref,  # [rows, out] float32
+    ) = refs
     step = pl.program_id(2)
     blocks = words_ref.shape[0]
 
@@ -150,14 +171,17 @@ def _kernel(
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    wide_scale_ref[...], wide_zero_ref[...] = widened(scale_ref[...]), widened(zero_ref[...])
+    paired = len(per_group) == 1
+    scale, zero = halves(per_group[0][...]) if paired else (ref[...] for ref in per_group)
+    wide_scale_ref[...], wide_zero_ref[...] = widened(scale), widened(zero)
 
     @pl.loop(0, blocks)
     def _(b: Array) -> None:
         # `//` would ask for the sign, and the lowering of that for the chip at hand.
-        group = pl.ds(jax.lax.div(b + step * blocks if whole else b, np.int32(blocks_per_group)), 1)
+        group = jax.lax.div(b + step * blocks if whole else b, np.int32(blocks_per_group))
+        row = group if paired else pl.ds(group, 1)
         codes = unpack_int32(words_ref[b], bits, block).astype(jnp.float32)
-        weight_ref[b] = ((codes - wide_zero_ref[group]) * wide_scale_ref[group]).astype(weight_ref.dtype)
+        weight_ref[b] = ((codes - wide_zero_ref[row]) * wide_scale_ref[row]).astype(weight_ref.dtype)
 
     exact = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     weight = weight_ref[...].reshape(blocks * block, -1)
