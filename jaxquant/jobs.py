@@ -147,14 +147,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of the model that `spec` names, and with `against` its divergence from that one."""
     content = read_text(text)
-    model = load_model(spec)
+    model = load_model(spec).to_run()
     seqlen = min(2048, model.config.max_position) if seqlen is None else seqlen
     check_seqlen(seqlen, model.config)
     batch = eval_windows(content, model.tokenizer, model.config, seqlen=seqlen, limit=limit)
     facts = {"model": model.name, "text": text, "seqlen": seqlen, "windows": len(batch)}
     if against is None:
         return facts | _scores(perplexity(model.params, model.config, batch, progress=progress))
-    reference = load_model(against)
+    reference = load_model(against).to_run()
     pair = divergence(
         model.params, reference.params, model.config, reference.config, batch, progress=progress
     )
@@ -194,7 +194,7 @@ def evaluate_tasks(
         raise UsageError("--shots-from has the examples of one task; evaluate the tasks one by one")
     items = {task: load_items(task, source) for task, source in sources.items()}
     examples = {task: load_items(task, shots_from) for task in items if shots_from is not None}
-    model = load_model(spec)
+    model = load_model(spec).to_run()
     tasks, kept = [], {}
     for task, own in items.items():
         result = evaluate_task(
@@ -232,7 +232,7 @@ def smoothness(
     Of a folder that `quantize` wrote the result is kept there, and shown in its `report.html`.
     """
     content = read_text(text)
-    model, reference = load_model(spec), load_model(against)
+    model, reference = load_model(spec).to_run(), load_model(against).to_run()
     check_seqlen(seqlen, model.config)
     batch = eval_windows(content, model.tokenizer, model.config, seqlen=seqlen, limit=limit)
     found = smoothness_comparison(
@@ -277,7 +277,7 @@ def generate(
     Raises:
       InputError: the prompt is empty or not Unicode, or with `max_tokens` longer than the model's context.
     """
-    config = model.config
+    model, config = model.to_run(), model.config
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python keeps foreign bytes
         raise InputError("the prompt is not UTF-8; check the encoding of the terminal")
     tokens = model.tokenizer.encode(prompt).ids
@@ -299,7 +299,7 @@ def bench(name: str, *, prompt: int, tokens: int, repeats: int, backend: str | N
       InputError: a prompt and tokens longer than the model's context.
     """
     check_backend(backend)
-    model = load_model(name)
+    model = load_model(name).to_run()
     with use_backend(backend):
         speed = measure_speed(model.params, model.config, prompt=prompt, tokens=tokens, repeats=repeats)
     return {"model": name, "backend": backend, **speed}

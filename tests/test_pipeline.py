@@ -28,7 +28,7 @@ from jaxquant.models.init import init_params
 from jaxquant.named import named
 from jaxquant.pipeline import quantize_model
 from jaxquant.plan import plan
-from jaxquant.quant import Grid, PairedArray, QArray, QStack, is_packed
+from jaxquant.quant import Grid, PairedArray, QArray, QStack, is_packed, paired
 from jaxquant.recipe import by_path, chain
 from jaxquant.records import read_rows
 from jaxquant.stages import AWQ, FINE, GPTQ, QEP, RTN, Best, CoordinateDescent, GroupBits, Keep, MagR, Tune
@@ -114,14 +114,18 @@ def test_errors_are_those_of_the_saved_weights_on_the_inputs_from_the_quantized_
         x, _, _ = run_block(packed, config, x, sliding=False)
 
 
-def test_on_tpus_a_model_is_loaded_in_pairs(finished, tokens, monkeypatch):
+def test_a_model_in_pairs_runs_and_is_saved_as_it_was(finished, tokens, tmp_path):
     folder, _, _ = finished
-    model = load_model(str(folder))
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    on_tpu = load_model(str(folder))
-    assert isinstance(on_tpu.params["blocks"]["mlp"]["down"]["kernel"], PairedArray)
-    logits, expected = (run(m.params, m.config, jnp.asarray(tokens[:1])).logits for m in (on_tpu, model))
+    model = load_model(str(folder)).to_run()
+    assert isinstance(model.params["blocks"]["mlp"]["down"]["kernel"], QArray)  # this is no TPU
+    pairs = paired(model.params)
+    assert isinstance(pairs["blocks"]["mlp"]["down"]["kernel"], PairedArray)
+    logits, expected = (run(p, model.config, jnp.asarray(tokens[:1])).logits for p in (pairs, model.params))
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    checkpoint.save_block(tmp_path, 0, jax.tree.map(lambda leaf: leaf[0], pairs["blocks"]), {})
+    saved, own = (checkpoint.load_block(place, 0)[0] for place in (tmp_path, folder))
+    assert jax.tree.structure(saved) == jax.tree.structure(own)
+    jax.tree.map(np.testing.assert_array_equal, saved, own)
 
 
 def test_reload_is_bit_exact_and_runs(finished, tokens):

@@ -43,7 +43,7 @@ class JaxquantLM(LM):
     def __init__(self, model: LoadedModel | str):
         """Takes a loaded model, or what `load_model` takes."""
         super().__init__()
-        self.model = load_model(model) if isinstance(model, str) else model
+        self.model = (load_model(model) if isinstance(model, str) else model).to_run()
 
     @property
     def tokenizer_name(self) -> str:

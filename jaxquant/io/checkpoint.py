@@ -29,7 +29,7 @@ import numpy as np
 from jaxquant.errors import InputError, UsageError
 from jaxquant.io.source import adopt, aligned, fill
 from jaxquant.models.config import LINEARS, ModelConfig
-from jaxquant.quant import Grid, MixedQArray, Packed, QArray, QStack, is_packed
+from jaxquant.quant import Grid, MixedQArray, Packed, QArray, QStack, is_packed, unpaired
 from jaxquant.quant.mixed import layout
 
 MANIFEST = "jaxquant.json"
@@ -100,7 +100,7 @@ def save_block(folder: Path, index: int, params: Mapping[str, Any], record: Mapp
     `record` is JSON kept with the block (log rows); grids and shapes of packed linears are added to it.
     """
     linears = {}
-    stored = jax.tree.map(lambda leaf: leaf, dict(params), is_leaf=is_packed)
+    stored = jax.tree.map(lambda leaf: leaf, unpaired(dict(params)), is_leaf=is_packed)
     for path in PATHS:
         part, name = path.split(".")
         kernel = stored[part][name]["kernel"]

@@ -6,13 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-
 from jaxquant.errors import InputError
 from jaxquant.io import checkpoint
 from jaxquant.io.source import load_params, open_model
 from jaxquant.models.config import ModelConfig
-from jaxquant.quant import paired
+from jaxquant.quant import paired_on_tpus
 
 if TYPE_CHECKING:
     import tokenizers
@@ -20,12 +18,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """Parameters on the device (`quant.paired` on TPUs), the static config, and the tokenizer."""
+    """Parameters on the device, the static config, and the tokenizer."""
 
     name: str
     params: dict[str, Any]
     config: ModelConfig
     tokenizer: tokenizers.Tokenizer
+
+    def to_run(self) -> LoadedModel:
+        """The model as its device runs it best, not to be trained or saved: on TPUs `quant.paired`."""
+        return dataclasses.replace(self, params=paired_on_tpus(self.params))
 
 
 def load_model(spec: str) -> LoadedModel:
@@ -44,8 +46,6 @@ def load_model(spec: str) -> LoadedModel:
     import tokenizers
 
     params, config = checkpoint.load_checkpoint(folder)
-    if jax.default_backend() == "tpu":
-        params = paired(params)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:

@@ -5,7 +5,7 @@ from jaxquant.quant.grid import Grid, working_dtype
 from jaxquant.quant.heads import PackedHeads
 from jaxquant.quant.mixed import MixedQArray, Packed, QStack, is_packed
 from jaxquant.quant.packing import pack, packed_rows, unpack
-from jaxquant.quant.paired import PairedArray, paired
+from jaxquant.quant.paired import PairedArray, paired, paired_on_tpus, unpaired
 from jaxquant.quant.qarray import QArray, quantize
 
 __all__ = [
@@ -22,7 +22,9 @@ __all__ = [
     "pack",
     "packed_rows",
     "paired",
+    "paired_on_tpus",
     "quantize",
     "unpack",
+    "unpaired",
     "working_dtype",
 ]

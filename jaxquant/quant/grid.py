@@ -202,15 +202,18 @@ class Grid:
     # Inlined where it is traced; without `jit` its loops would be compiled at every call.
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def _search(self, g: Array, lo: Array, hi: Array) -> tuple[Array, Array | None]:
+        rows = jnp.moveaxis(g, -2, 0)
+        # A symbolic size cannot be divided, and axes that are divided over devices cannot be merged.
+        in_one = not isinstance(lo.size, int) or any(jax.typeof(g).sharding.spec)
+        if in_one or lo.size <= _SEARCH_LANES:
+            return self._search_at_once(rows, lo, hi)
         return jax.lax.platform_dependent(
-            jnp.moveaxis(g, -2, 0), lo, hi, cpu=self._search_by_parts, default=self._search_at_once
+            rows, lo, hi, cpu=self._search_by_parts, default=self._search_at_once
         )
 
     def _search_by_parts(self, rows: Array, lo: Array, hi: Array) -> tuple[Array, Array | None]:
         """`_search_at_once` of so many groups at a time as stay in a core's cache."""
         parts = -(-lo.size // _SEARCH_LANES)
-        if parts <= 1:
-            return self._search_at_once(rows, lo, hi)
         lanes = -(-lo.size // parts)
 
         def cut(a: Array) -> Array:

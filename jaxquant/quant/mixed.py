@@ -162,7 +162,7 @@ class _Layer:
         def product(part: Any) -> Callable[[Any, Array], Array]:
             def multiply(x: Any, index: Array) -> Array:
                 kernel = jax.tree.map(lambda leaf: leaf[index], part)
-                if is_packed(kernel):
+                if not isinstance(kernel, jax.Array):
                     return x @ kernel
                 x = x.values if isinstance(x, QActivation) else x
                 return jnp.matmul(x, kernel.astype(x.dtype))

@@ -92,7 +92,7 @@ def pair(
     """float16 scales and zeros as uint32: the bits of the scale below those of the zero.
 
     The axis of length 1 keeps TPUs from padding groups: their arrays come in tiles of 8 rows of 128 numbers,
-    of 16 bits in pairs of rows, but a single row of 32 bits is a tile of its own.
+    of 16 bits in pairs of rows, but a single row of 32 bits is a tile of its own. No gradient passes bits.
     """
     low, high = (jax.lax.bitcast_convert_type(a, jnp.uint16).astype(jnp.uint32) for a in (scale, zero))
     return (low | high << 16)[..., None, :]

@@ -22,7 +22,8 @@ from jaxquant.quant.qarray import QArray
 class PairedArray:
     """A packed matrix `[in, out]` to multiply with, or a stack of them; a pytree.
 
-    As `QArray`, of as many bytes, but for `pairs`: uint32 `[..., G, 1, m]`, see `packing.pair`.
+    As `QArray`, of as many bytes, but for `pairs`: uint32 `[..., G, 1, m]`, see `packing.pair`. Nothing in it
+    has a gradient: differentiate with respect to the activations, or to the scales of the `QArray`.
     """
 
     words: UInt[Array, "*stack blocks words out"]
@@ -52,12 +53,29 @@ def paired(params: Any) -> Any:
     """The tree with every asymmetric `QArray` of float16 scales as a `PairedArray`, to be run on TPUs.
 
     TPUs hold 16 bits in tiles of 8 x 128: 9 groups take 16 rows, and as pairs 9. `MixedQArray`, `QStack` and
-    what has no such scales stay as they are. `load_model` does this on a TPU.
+    what has no such scales stay as they are. `unpaired` is the inverse.
     """
 
     def convert(leaf: Any) -> Any:
-        if not isinstance(leaf, QArray) or leaf.zero is None or leaf.scale.dtype != jnp.float16:
+        if not isinstance(leaf, QArray) or leaf.zero is None:
+            return leaf
+        if not leaf.scale.dtype == leaf.zero.dtype == jnp.float16:
             return leaf
         return PairedArray(leaf.words, pair(leaf.scale, leaf.zero), leaf.order, leaf.grid, leaf.shape)
 
     return jax.tree.map(convert, params, is_leaf=lambda leaf: isinstance(leaf, (QArray, MixedQArray, QStack)))
+
+
+def unpaired(params: Any) -> Any:
+    """The tree with every `PairedArray` as the `QArray` it was."""
+
+    def is_paired(leaf: Any) -> bool:
+        return isinstance(leaf, PairedArray)
+
+    return jax.tree.map(lambda leaf: leaf.to_qarray() if is_paired(leaf) else leaf, params, is_leaf=is_paired)
+
+
+def paired_on_tpus(params: Any) -> Any:
+    """`paired(params)` where the arrays lie on TPUs, else `params`."""
+    devices = {device for leaf in jax.tree.leaves(params) for device in leaf.devices()}
+    return paired(params) if {device.platform for device in devices} == {"tpu"} else params

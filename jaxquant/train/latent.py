@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxquant.quant import Grid, QActivation, QArray
+from jaxquant.quant import Grid, QActivation, QArray, unpaired
 from jaxquant.quant.activation import straight_through
 
 # A place this near to the next integer beyond the range would round to it.
@@ -108,7 +108,7 @@ def latent_params(params: dict[str, Any], grid: Grid | None = None) -> dict[str,
         return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     blocks = jax.tree_util.tree_map_with_path(
-        start, params["blocks"], is_leaf=lambda leaf: isinstance(leaf, QArray)
+        start, unpaired(params["blocks"]), is_leaf=lambda leaf: isinstance(leaf, QArray)
     )
     return {**params, "blocks": blocks}
 

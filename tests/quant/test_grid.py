@@ -331,3 +331,17 @@ def test_clip_search_by_parts_equals_that_of_each_column(groups: int, out: int):
         own_scale, own_zero = grid.fit(w[:, columns])
         np.testing.assert_array_equal(scale[:, columns], own_scale)
         np.testing.assert_array_equal(zero[:, columns], own_zero)
+
+
+def test_clip_search_takes_sharded_weights_and_symbolic_sizes():
+    grid = Grid(bits=3, group_size=32, clip="mse")
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((64, 1024)), jnp.float32)
+    expected = grid.fit(w)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    for spec in (jax.P(None, "x"), jax.P("x", None)):
+        with jax.set_mesh(mesh):
+            found = grid.fit(jax.device_put(w, spec))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    (out,) = jax.export.symbolic_shape("m", constraints=["m>=16"])
+    exported = jax.export.export(jax.jit(grid.fit))(jax.ShapeDtypeStruct((64, out), jnp.float32))
+    jax.tree.map(np.testing.assert_array_equal, exported.call(w), expected)

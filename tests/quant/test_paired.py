@@ -7,9 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.quant import ActivationGrid, Grid, MixedQArray, PairedArray, QActivation, QArray, paired
+from jaxquant.errors import InputError
+from jaxquant.kernels.dequant_matmul import paired_matmul
+from jaxquant.quant import (
+    ActivationGrid,
+    Grid,
+    MixedQArray,
+    PairedArray,
+    QActivation,
+    QArray,
+    QStack,
+    paired,
+    unpaired,
+)
 from jaxquant.quant import quantize as nearest
 from jaxquant.quant.packing import pair, unpair
+from jaxquant.train.latent import latent_params
 
 GRID = Grid(bits=3, group_size=24)
 
@@ -54,13 +67,35 @@ def test_stacks_go_through_vmap_and_scan_and_come_back():
     q, x = jax.vmap(lambda w: nearest(w, GRID))(weight(3)), activations(5)
     p = paired(q)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(p)) == q.nbytes
-    jax.tree.map(np.testing.assert_array_equal, p.to_qarray(), q)
+    jax.tree.map(np.testing.assert_array_equal, unpaired({"kernel": p})["kernel"], q)
     expected = jax.vmap(lambda q: x @ q)(q)
     np.testing.assert_allclose(jax.vmap(lambda p: x @ p)(p), expected, rtol=0, atol=1e-4)
     _, scanned = jax.lax.scan(lambda carry, p: (carry, x @ p), 0, p)
     np.testing.assert_allclose(scanned, expected, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="not a stack of"):
         x @ p
+
+
+def test_layers_of_a_stack_may_be_pairs():
+    q, x = nearest(weight(), GRID), activations(5)
+    stack = QStack.of([paired(q), weight()])
+    np.testing.assert_allclose(x @ stack.at(stack.places[0]), x @ q, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda p: p[:, 0], lambda p: jnp.tile(p, (1, 2, 1)), lambda p: p.astype("int32")]
+)
+def test_what_are_no_pairs_is_refused(spoil):
+    p = paired(nearest(weight(), GRID))
+    with pytest.raises(InputError, match="make them with"):
+        paired_matmul(activations(5), p.words, spoil(p.pairs), bits=3, block=24)
+
+
+def test_training_starts_from_the_qarray():
+    params = {"blocks": {"mlp": {"up": {"kernel": jax.vmap(lambda w: nearest(w, GRID))(weight(2))}}}}
+    of_pairs, expected = (latent_params(p) for p in (paired(params), params))
+    assert jax.tree.structure(of_pairs) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, of_pairs, expected)
 
 
 def test_what_has_no_such_pairs_stays():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt
 
+from jaxquant.errors import InputError
 from jaxquant.kernels.dequant_matmul import cpu, gpu, scan, tpu
 from jaxquant.kernels.platform import Backend, by_platform
 from jaxquant.quant.packing import check_packed
@@ -70,7 +71,12 @@ def paired_matmul(
     Elsewhere the portable implementation runs. It is differentiable in `x`. Arguments and errors are those of
     `dequant_matmul`.
     """
-    scale = jax.ShapeDtypeStruct((*pairs.shape[:-2], pairs.shape[-1]), jnp.float16)
+    if pairs.ndim != 3 or pairs.shape[1] != 1 or pairs.dtype != jnp.uint32:
+        raise InputError(
+            f"pairs of {pairs.shape} and {pairs.dtype} are none: make them with jaxquant.quant.packing.pair, "
+            "uint32 of (groups, 1, outputs)"
+        )
+    scale = jax.ShapeDtypeStruct((pairs.shape[0], pairs.shape[2]), jnp.float16)
     check_packed(x.shape[-1], words, scale, scale, bits=bits, block=block)
     rows = x.reshape(-1, x.shape[-1])
     y = _paired_matmul(rows, words, pairs, backend=backend, bits=bits, block=block)
