@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ class Best(Stage):
     candidates: tuple[Transform, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.candidates, Iterable):
+            raise UsageError(f"best: the candidates are {self.candidates}; give a tuple of transforms")
         object.__setattr__(self, "candidates", tuple(self.candidates))
         for candidate in self.candidates:
             if not isinstance(candidate, Transform):

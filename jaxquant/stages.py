@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
@@ -195,6 +195,8 @@ class GroupBits(Transform):
     shares: tuple[float, ...] = (1 / 8, 1 / 4)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.shares, Iterable):
+            raise UsageError(f"group-bits: shares={self.shares} is no tuple of shares; use (1 / 4,)")
         object.__setattr__(self, "shares", tuple(self.shares))  # files hold lists
 
     def __call__(self, problem: Problem) -> Problem:

@@ -228,6 +228,13 @@ def test_patterns_are_checked():
         by_path({"(": named("rtn", GRID)}, named("rtn", GRID))
 
 
+def test_what_has_to_be_several_is_asked_for_as_a_tuple():
+    with pytest.raises(UsageError, match="give a tuple of transforms"):
+        Best(OSAQ())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="is no tuple of shares"):
+        GroupBits(shares=0.25)  # pyright: ignore[reportArgumentType]
+
+
 RECIPES = [
     *(named(name, GRID) for name in NAMES),
     named("gptq", Grid(bits=2, symmetric=True, convention="full"), true_sequential=True),
