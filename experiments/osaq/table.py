@@ -33,7 +33,7 @@ from jaxquant.methods import Problem
 from jaxquant.named import named
 from jaxquant.quant import Grid
 from jaxquant.recipe import Recipe, chain
-from jaxquant.stages import GPTQ, Best
+from jaxquant.stages import GPTQ, OSAQ, Best
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN = GPTQ(act_order=False)
@@ -79,18 +79,22 @@ def _with(name: str, **facts: Any) -> Callable[[Grid], Recipe]:
     return lambda grid: dataclasses.replace(named(name, grid), **facts)
 
 
-def _two_strengths(grid: Grid) -> Recipe:
-    """The named recipe with a second, weaker price of output energy to choose from."""
-    recipe = named("osaq-gptq", grid)
-    (usual,) = recipe.stages[0].candidates  # pyright: ignore[reportAttributeAccessIssue]
-    weaker = dataclasses.replace(usual, eta=usual.eta / 3)
-    return dataclasses.replace(recipe, stages=(Best((usual, weaker)), *recipe.stages[1:]))
+def _strengths(*etas: float, plain: bool = False) -> Callable[[Grid], Recipe]:
+    """The named recipe with other prices of output energy to choose from."""
+
+    def recipe(grid: Grid) -> Recipe:
+        grid = dataclasses.replace(grid, clip="minmax") if plain else grid
+        return chain(Best(tuple(OSAQ(eta=eta) for eta in etas)), PLAIN if plain else GPTQ(), grid=grid)
+
+    return recipe
 
 
-#: Row: what else was tried against GPTQ, on strong grids.
+#: Row: what else was tried against GPTQ, on strong grids unless it says otherwise.
 ROUTES: dict[str, Callable[[Grid], Recipe]] = {
     "GPTQ, two tries": lambda grid: chain(Best((Jitter(),)), GPTQ(), grid=grid),
-    "OSAQ (two strengths) + GPTQ": _two_strengths,
+    "OSAQ (eta 300) + GPTQ": _strengths(300.0),
+    "OSAQ (eta 300 or 100) + GPTQ": _strengths(300.0, 100.0),
+    "OSAQ (eta 300) + GPTQ min-max, no act-order": _strengths(300.0, plain=True),
     "QEP + GPTQ": _with("qep-gptq"),
     "GPTQ, Fisher": _with("gptq", hessian="fisher"),
     "OSAQ + GPTQ, Fisher": _with("osaq-gptq", hessian="fisher"),
