@@ -55,10 +55,13 @@ class Best(Stage):
             weights.append(jnp.where(finite, weight, problem.weight))
 
         tries = len(weights)
+        moments = problem.moments
+        moments = dataclasses.replace(moments, second=_after(weights[-1], moments.second))
         together = then(
             dataclasses.replace(
                 problem,
                 weight=jnp.concatenate(weights, axis=1),
+                moments=moments,
                 target=jnp.tile(problem.target, (1, tries)),
                 outputs=None,
             )
@@ -103,3 +106,12 @@ class Best(Stage):
 
     def __str__(self) -> str:
         return f"by column the best of (off, {', '.join(map(str, self.candidates))})"
+
+
+def _after(first: Array, a: Array) -> Array:
+    """`a`, for computations that must not begin before `first` is there.
+
+    XLA would hold the factorizations of candidates and rounding at once, and drops barriers on CPUs.
+    """
+    one = first[0, 0].astype(a.dtype)
+    return a + 0 * jnp.where(jnp.isfinite(one), one, 0)

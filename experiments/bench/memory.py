@@ -4,9 +4,9 @@
     python experiments/bench/memory.py q4
 
 Resident memory beyond that of a process that has used a small model already, so that libraries and what the
-compiler allocates once do not count: after loading, after 32 tokens, at its largest, and after the allocator
-gave back what it holds free (glibc's malloc_trim). Beside it the arrays, the embedding among them, and what
-all parameters would take in bfloat16.
+compiler allocates once do not count: after the model is loaded, with its tokenizer, after 32 tokens, at its
+largest, and after the allocator gave back what it holds free (glibc's malloc_trim). Beside it the arrays, the
+embedding among them, and what all parameters would take in bfloat16.
 Writes results/memory.json.
 """
 
@@ -24,9 +24,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import orbax.checkpoint  # noqa: F401  (libraries do not count)
+import tokenizers
 
 from jaxquant.evaluate import generate
-from jaxquant.io import load_model
+from jaxquant.io import load_checkpoint, load_model
 from jaxquant.models.config import LINEARS
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -44,7 +45,7 @@ def trimmed() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder")
+    parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     small = load_model("tiny")
     generate(small.params, small.config, [1, 2, 3], max_tokens=8)
@@ -52,22 +53,24 @@ def main() -> None:
     gc.collect()
     before = trimmed()
 
-    model = load_model(folder)
-    jax.block_until_ready(model.params)
-    grown = {"loaded": resident() - before}
-    generate(model.params, model.config, list(range(5, 25)), max_tokens=32)
+    params, config = load_checkpoint(folder)
+    jax.block_until_ready(params)
+    grown = {"loaded": trimmed() - before}
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    grown["with_tokenizer"] = trimmed() - before
+    prompt = tokenizer.encode("Memory is what is left when all else is forgotten").ids
+    generate(params, config, prompt, max_tokens=32)
     grown |= {
         "written": resident() - before,
         "largest": resident("VmHWM") - before,
         "trimmed": trimmed() - before,
     }
-    config = model.config
     linears = sum(math.prod(config.linear_shape(path)) for _, paths in LINEARS for path in paths)
     embedding = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     row = {
         **{name: round(nbytes / 1e6, 1) for name, nbytes in grown.items()},
-        "arrays": round(sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 1e6, 1),
-        "embedding": round(model.params["embed"].nbytes / 1e6, 1),
+        "arrays": round(sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6, 1),
+        "embedding": round(params["embed"].nbytes / 1e6, 1),
         "bfloat16": round(2 * (config.num_layers * linears + embedding) / 1e6, 1),
     }
     (RESULTS / "memory.json").write_text(json.dumps({"unit": "MB", **row}, indent=1) + "\n")

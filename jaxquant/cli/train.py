@@ -57,7 +57,7 @@ def train(
         float, typer.Option("--hidden-weight", help="Weight of the loss on the residual stream.")
     ] = 1.0,
     smoothness: Annotated[
-        str, typer.Option("--smoothness", help="none, gradient, neighborhood or layer.")
+        str, typer.Option("--smoothness", help="none, gradient, neighborhood, layer or substitution.")
     ] = "none",
     smooth_share: Annotated[
         float, typer.Option("--smooth-share", help="Its weight, as a share of the divergence.")

@@ -15,6 +15,7 @@ from jaxquant.smoothness.neighborhood import (
     jaccard,
     nearest_tokens,
     retention,
+    substituted,
     substitutions,
     union,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "shared_nodes",
     "smoothness_comparison",
     "sparsity",
+    "substituted",
     "substitutions",
     "token_kl",
     "tree_retention",

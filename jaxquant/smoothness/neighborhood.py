@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxquant.errors import UsageError
+from jaxquant.evaluate.scoring import over_tokens
 
 #: What makes a token a candidate; see `candidates`.
 Rule = Literal["eps", "min_p", "top_p"]
@@ -128,6 +129,36 @@ def substitutions(
     rows = jnp.arange(samples)
     new = near[places - max(length - last, 0), ranks].astype(tokens.dtype)
     return jnp.broadcast_to(tokens[None], (samples, length)).at[rows, places].set(new)
+
+
+def substituted(
+    embedding: Float[Array, "V d"],
+    tokens: Int[Array, "*texts T"],
+    key: jax.Array,
+    *,
+    share: float = 0.2,
+    nearest: int = 10,
+) -> Int[Array, "*texts T"]:
+    """Texts with a share of all their tokens replaced, each by one of its `nearest` in the embedding.
+
+    Places are drawn evenly without repetition, `round(share n)` of the n tokens, and neighbours evenly.
+
+    Args:
+      embedding: of the reference.
+      tokens: texts.
+      key: of the draws.
+      share: of the tokens, static, 0 to 1.
+      nearest: neighbours of a token.
+    """
+    flat = tokens.reshape(-1)
+    at_place, at_rank = jax.random.split(key)
+    places = jax.random.permutation(at_place, flat.size)[: round(share * flat.size)]
+    if not places.size:
+        return tokens
+    near = over_tokens(lambda own: nearest_tokens(embedding, own, nearest), len(embedding), flat[places])
+    ranks = jax.random.randint(at_rank, places.shape, 0, nearest)
+    new = near[jnp.arange(places.size), ranks].astype(tokens.dtype)
+    return flat.at[places].set(new).reshape(tokens.shape)
 
 
 def ball(

@@ -25,6 +25,7 @@ from jaxquant.io import checkpoint
 from jaxquant.models.config import ModelConfig
 from jaxquant.models.decoder import Model
 from jaxquant.records import Event
+from jaxquant.smoothness.neighborhood import substituted
 from jaxquant.train.latent import is_latent, merge, split
 from jaxquant.train.losses import (
     Smoothness,
@@ -51,6 +52,9 @@ class Training:
     with the terms of `train.losses`. The bracket is a constant for the gradient: the smoothness term always
     weighs `smooth_share` of the KL, whatever its size; w rises from 0 to 1 over `smooth_warmup` of the steps.
 
+    `"substitution"` adds no term: both models read neighbours of the text in its place, every time others,
+    so that KL and the hidden stream are those of the neighbourhood, for the time of the text alone.
+
     Attributes:
       steps: updates.
       batch: windows of an update.
@@ -63,9 +67,11 @@ class Training:
       smoothness: which loss, or `"none"`.
       smooth_share, smooth_warmup: see above.
       radius: of `"neighborhood"`, in units of the embeddings' root mean square.
+      substituted: share of the tokens that `"substitution"` replaces, each by one of its 10 nearest in the
+        teacher's embedding; it rises from 0 over `smooth_warmup`.
       remat: compute what lies inside a block again on the way back instead of keeping it.
       save_every: steps between states on disk.
-      seed: of the noise of `"neighborhood"`.
+      seed: of the neighbours of `"neighborhood"` and `"substitution"`.
     """
 
     steps: int = 200
@@ -79,6 +85,7 @@ class Training:
     smooth_share: float = 0.2
     smooth_warmup: float = 0.1
     radius: float = 0.05
+    substituted: float = 0.2
     remat: bool = True
     save_every: int = 50
     seed: int = 0
@@ -96,9 +103,9 @@ class Training:
         for name in ("learning_rate", "clip_norm", "radius"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name}={getattr(self, name)}: must be positive")
-        for name in ("warmup", "smooth_warmup"):
+        for name, of in (("warmup", "steps"), ("smooth_warmup", "steps"), ("substituted", "tokens")):
             if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name}={getattr(self, name)}: must be a share of the steps, 0 to 1")
+                raise UsageError(f"{name}={getattr(self, name)}: must be a share of the {of}, 0 to 1")
         for name in ("hidden_weight", "smooth_share"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name}={getattr(self, name)}: must be a number of at least 0")
@@ -157,7 +164,7 @@ def train_step(
       options: see `Training`.
 
     Returns:
-      The state, and scalars: `loss`, `kl`, `hidden`, `smooth` (0 without one), `gradient_norm`.
+      The state, and scalars: `loss`, `kl`, `hidden`, `smooth` (0 without such a term), `gradient_norm`.
     """
     import optax
 
@@ -165,8 +172,15 @@ def train_step(
     risen = (state.step + 1).astype(jnp.float32) / max(1.0, options.smooth_warmup * options.steps)
     known = (teacher, teacher_config)
 
+    def neighbors(tokens: Array, key: Array) -> Array:
+        drawn, chosen = jax.random.split(key)
+        near = substituted(teacher["embed"], tokens, drawn, share=options.substituted)
+        return jnp.where(jax.random.uniform(chosen, tokens.shape) < risen, near, tokens)
+
     def loss(trained: dict[str, Any], tokens: Array, key: Array) -> tuple[Array, dict[str, Array]]:
         student = (merge(trained, rest), config)
+        if options.smoothness == "substitution":
+            tokens = neighbors(tokens, key)
         double = options.smoothness == "gradient"
         ours = respond(student, tokens, gradient=double, remat=options.remat)
         theirs = lax.stop_gradient(respond(known, tokens, gradient=double, remat=options.remat))
@@ -182,7 +196,7 @@ def train_step(
         elif options.smoothness == "layer":
             assert outputs is not None
             smooth = layer_loss(student, known, outputs)
-        if options.smoothness != "none":
+        if options.smoothness not in ("none", "substitution"):
             weight = options.smooth_share * jnp.minimum(risen, 1)
             # Below this both are noise of rounding.
             ratio = jnp.where(smooth > 1e-9, kl / jnp.where(smooth > 1e-9, smooth, 1), 0)

@@ -25,8 +25,9 @@ from jaxquant.smoothness.neighborhood import ball
 from jaxquant.smoothness.proxy import token_kl
 from jaxquant.train.latent import Latent, is_latent
 
-#: The term added to distillation; see `gradient_loss`, `neighborhood_loss` and `layer_loss`.
-Smoothness = Literal["none", "gradient", "neighborhood", "layer"]
+#: What is added to distillation: a term, see `gradient_loss`, `neighborhood_loss` and `layer_loss`; or
+#: neighbours in the place of the text, see `smoothness.substituted`.
+Smoothness = Literal["none", "gradient", "neighborhood", "layer", "substitution"]
 
 
 @jax.tree_util.register_dataclass

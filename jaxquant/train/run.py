@@ -154,10 +154,11 @@ def _start(teacher: Source, start: Grid | Path, options: Training) -> tuple[Reci
     recipe = Recipe.from_dict(manifest["recipe"])
     if recipe.keeps and all(rule.keeps for _, rule in recipe.rules):
         raise UsageError(f"{start} keeps its weights in floating point; there are no grids to train on")
-    if recipe.surgery is not None and (options.hidden_weight or options.smoothness != "none"):
+    by_tokens = options.smoothness in ("none", "substitution")
+    if recipe.surgery is not None and (options.hidden_weight or not by_tokens):
         raise UsageError(
             f"{start} is rotated ({recipe.surgery}): its stream and gradients are in another basis than the "
-            "teacher's; use hidden_weight 0 and no smoothness loss"
+            "teacher's; use hidden_weight 0 and no smoothness loss but substitution"
         )
     if recipe.folds and options.smoothness == "layer":
         raise UsageError(

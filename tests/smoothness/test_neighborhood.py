@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from jaxquant.smoothness import (
     jaccard,
     nearest_tokens,
     retention,
+    substituted,
     substitutions,
     union,
 )
@@ -128,6 +131,29 @@ def test_substitutions_replace_one_late_token_by_a_near_one(embedding, length):
     np.testing.assert_array_equal(texts, again)
     other = substitutions(table, tokens, jax.random.key(1), samples=200, last=8, nearest=4)
     assert np.any(np.asarray(texts) != np.asarray(other))
+
+
+def test_a_share_of_all_tokens_is_replaced_by_near_ones(embedding):
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, V, (3, 40)), jnp.int32)
+    table = jnp.asarray(embedding)
+    near = np.asarray(nearest_tokens(table, tokens.reshape(-1), 4)).reshape(3, 40, 4)
+    draw = jax.jit(functools.partial(substituted, nearest=4), static_argnames="share")
+    counts = np.zeros((3, 40))
+    for seed in range(50):
+        texts = draw(table, tokens, jax.random.key(seed), share=0.25)
+        assert texts.dtype == tokens.dtype
+        replaced = np.asarray(texts != tokens)
+        assert replaced.sum() == 30
+        assert np.all(np.any(np.asarray(texts)[..., None] == near, axis=-1)[replaced])
+        counts += replaced
+    # Binomial with mean 12.5 and deviation 3.1 at every place.
+    assert counts.min() > 0
+    assert counts.max() < 28
+    np.testing.assert_array_equal(
+        texts, substituted(table, tokens, jax.random.key(49), share=0.25, nearest=4)
+    )
+    np.testing.assert_array_equal(draw(table, tokens, jax.random.key(0), share=0.0), tokens)
+    assert np.all(np.asarray(draw(table, tokens, jax.random.key(0), share=1.0) != tokens))
 
 
 def test_offsets_of_a_ball_have_its_radius():

@@ -12,6 +12,7 @@ import pytest
 from small_model import CONFIG
 
 from jaxquant.errors import NonFiniteError, UsageError
+from jaxquant.smoothness import substituted
 from jaxquant.train import State, Training, layer_loss, merge, split, train, train_step
 from jaxquant.train.loop import METRICS
 
@@ -35,7 +36,7 @@ def outputs():
 def runs(student, teacher, tokens, outputs):
     """Of every smoothness loss: the rows of its run, and the parameters after it."""
     found = {}
-    for smoothness in ("none", "gradient", "neighborhood", "layer"):
+    for smoothness in ("none", "gradient", "neighborhood", "layer", "substitution"):
         rows, options = [], dataclasses.replace(OPTIONS, smoothness=smoothness)
         result = train(student, teacher, tokens, options, outputs=outputs, on_event=rows.append)
         found[smoothness] = rows, result
@@ -43,7 +44,7 @@ def runs(student, teacher, tokens, outputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("smoothness", ["none", "gradient", "neighborhood"])
+@pytest.mark.parametrize("smoothness", ["none", "gradient", "neighborhood", "substitution"])
 def test_every_loss_falls(runs, smoothness):
     rows, _ = runs[smoothness]
     assert [row["step"] for row in rows] == list(range(1, 25))
@@ -53,7 +54,8 @@ def test_every_loss_falls(runs, smoothness):
     )
     assert last["kl"] < 0.7 * first["kl"]
     assert last["hidden"] < 0.8 * first["hidden"]
-    assert (last["smooth"] < 0.9 * first["smooth"]) == (smoothness != "none")
+    has_term = smoothness in ("gradient", "neighborhood")
+    assert (last["smooth"] < 0.9 * first["smooth"]) == has_term
 
 
 @pytest.mark.slow
@@ -91,7 +93,29 @@ def test_parts_of_a_batch_add_up(student, teacher, tokens):
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(student, teacher, tokens, tmp_path):
+def test_substitution_trains_on_neighbours_of_the_text_more_and_more(student, teacher, tokens):
+    """The losses of a first step are those of distillation on the neighbours that the step draws."""
+    trained, rest = split(student[0])
+    fixed = {"config": CONFIG, "teacher_config": CONFIG}
+
+    def first_step(options, tokens):
+        state = jax.tree.map(jnp.copy, State.start(trained, options))
+        return train_step(state, rest, teacher[0], jnp.asarray(tokens), **fixed, options=options)[1]
+
+    options = dataclasses.replace(OPTIONS, smoothness="substitution", substituted=1.0, smooth_warmup=0.0)
+    (part,) = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), 0), 1)
+    drawn = substituted(teacher[0]["embed"], jnp.asarray(tokens[:4]), jax.random.split(part)[0], share=1.0)
+    found, expected = first_step(options, tokens[:4]), first_step(OPTIONS, drawn)
+    for name in ("loss", "kl", "hidden"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+    # With a warm-up of all 24 steps, one token in 24 is replaced at first.
+    little = dataclasses.replace(options, smooth_warmup=1.0)
+    plain = first_step(OPTIONS, tokens[:4])
+    assert abs(first_step(little, tokens[:4])["kl"] - plain["kl"]) < abs(found["kl"] - plain["kl"])
+
+
+@pytest.mark.parametrize("smoothness", ["neighborhood", "substitution"])
+def test_a_killed_run_goes_on_to_the_same_bits(student, teacher, tokens, tmp_path, smoothness):
     class KilledError(Exception):
         pass
 
@@ -99,7 +123,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(student, teacher, tokens, tmp_pat
         if event["event"] == "step" and event["step"] == 14:
             raise KilledError
 
-    options = dataclasses.replace(OPTIONS, smoothness="neighborhood")
+    options = dataclasses.replace(OPTIONS, smoothness=smoothness)
     whole = train(student, teacher, tokens, options, folder=tmp_path / "whole")
     with pytest.raises(KilledError):
         train(student, teacher, tokens, options, folder=tmp_path / "parts", on_event=kill)
@@ -148,6 +172,7 @@ def test_bad_options_are_refused(student, teacher, tokens):
         ({"smoothness": "sharp"}, "unknown smoothness 'sharp'; use one of none, gradient"),
         ({"learning_rate": 0.0}, "learning_rate=0.0: must be positive"),
         ({"warmup": 1.5}, "warmup=1.5: must be a share of the steps"),
+        ({"substituted": -0.1}, "substituted=-0.1: must be a share of the tokens"),
         ({"smooth_share": float("nan")}, "smooth_share=nan: must be a number of at least 0"),
     ):
         with pytest.raises(UsageError, match=message):
