@@ -8,7 +8,8 @@ some of them, in one process a chip, since a compiler may abort; with `--chip`, 
 and prints the rows. On v6e and GPUs the scan and the plain product with a `jnp.uint4` or `jnp.uint2` weight
 are compiled beside it. Needs `libtpu` of the version that jax pins (extra `aot`), and `jax-cuda12-plugin` and
 `jax-cuda12-pjrt` of the version of jax, installed with `--no-deps`: no driver and no CUDA. Writes
-results/aot.json and results/aot.md. Nothing is run: `floor_us` is bytes over bandwidth.
+results/aot.json and results/aot.md. Nothing is run: `floor_us`, a prediction, is what the bytes of arguments
+take at the bandwidth of the chip or the multiplications at its peak, whichever is longer.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeAlias
 
-# Topology that both supported versions of libtpu know, and bytes a second of HBM of one of its devices
-# (Google Cloud's tables; a chip of tpu7x is two devices; NVIDIA's data sheets of the H100 SXM and the B200).
+# Topology that both supported versions of libtpu know, bytes a second of HBM of one of its devices, and its
+# operations a second in bfloat16 (Google Cloud's tables; a chip of tpu7x is two devices; NVIDIA's data sheets
+# of the H100 SXM and the B200, without sparsity).
 CHIPS = {
-    "v4": ("v4:2x2x1", 1228e9),
-    "v5e": ("v5e:2x2", 819e9),
-    "v5p": ("v5p:2x2x1", 2765e9),
-    "v6e": ("v6e:2x2", 1640e9),
-    "tpu7x": ("tpu7x:2x2x1", 3690e9),
-    "H100": ("h100", 3350e9),
-    "B200": ("b200", 8000e9),
+    "v4": ("v4:2x2x1", 1228e9, 275e12),
+    "v5e": ("v5e:2x2", 819e9, 197e12),
+    "v5p": ("v5p:2x2x1", 2765e9, 459e12),
+    "v6e": ("v6e:2x2", 1640e9, 918e12),
+    "tpu7x": ("tpu7x:2x2x1", 3690e9, 1153e12),
+    "H100": ("h100", 3350e9, 989e12),
+    "B200": ("b200", 8000e9, 2250e12),
 }
 # XLA wants a GPU described: capability, multiprocessors, name. The extension makes it sm_90a, which has
 # `wgmma`, or sm_100a, which has `tcgen05.mma`.
@@ -99,6 +101,12 @@ def device(chip: str):
     return topologies.get_topology_desc(
         platform="cuda", topology_name=CHIPS[chip][0], topology="1x1x1", target_config=target
     ).devices[0]
+
+
+def floor_us(chip: str, nbytes: float, operations: float = 0) -> float:
+    """What bytes or operations in bfloat16 take at least, in microseconds."""
+    _, bandwidth, peak = CHIPS[chip]
+    return 1e6 * max(nbytes / bandwidth, operations / peak)
 
 
 def compile_all(chip: str) -> list[dict]:
@@ -169,7 +177,7 @@ def compile_all(chip: str) -> list[dict]:
             "bf16_bytes": 2 * rows * out,
             "accessed_bytes": cost.get("bytes accessed"),
             "calls": len(CALL.findall(program.as_text())),
-            "floor_us": 1e6 * memory.argument_size_in_bytes / CHIPS[chip][1],
+            "floor_us": floor_us(chip, memory.argument_size_in_bytes, 2 * tokens * rows * out),
             "compile_seconds": time.perf_counter() - started,
         }  # fmt: skip
 

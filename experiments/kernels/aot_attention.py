@@ -60,7 +60,7 @@ def compile_all(chip: str) -> list[dict]:
             "bf16_bytes": 2 * 2 * PLACES * kv_heads * n,
             "accessed_bytes": cost.get("bytes accessed"),
             "calls": len(aot.CALL.findall(program.as_text())),
-            "floor_us": 1e6 * memory.argument_size_in_bytes / aot.CHIPS[chip][1],
+            "floor_us": aot.floor_us(chip, memory.argument_size_in_bytes),
             "compile_seconds": time.perf_counter() - started,
         }  # fmt: skip
 

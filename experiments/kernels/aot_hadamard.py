@@ -48,7 +48,7 @@ def compile_all(chip: str) -> list[dict]:
             "float32_bytes": 4 * tokens * n,
             "accessed_bytes": cost.get("bytes accessed"),
             "calls": len(aot.CALL.findall(program.as_text())),
-            "floor_us": 1e6 * moved / aot.CHIPS[chip][1],
+            "floor_us": aot.floor_us(chip, moved),
             "compile_seconds": time.perf_counter() - started,
         }  # fmt: skip
 

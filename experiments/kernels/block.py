@@ -5,8 +5,9 @@
 Compiles `jaxquant.models.decoder.block` ahead of time for the shapes of SmolLM2-135M, Llama-3-8B and
 Llama-3-70B, all linears W4 in groups (for TPUs `paired`), activations in bfloat16: one token behind a cache
 of 4096, and a prompt of 512 into a cache of its length. Parameters are shapes, no array is made. As in
-aot.py, which has what they need installed, there is a process a chip, nothing is run, and `floor_us` is bytes
-of arguments over bandwidth. Writes results/block.json and results/block.md.
+aot.py, which has what they need installed, there is a process a chip, nothing is run, and `floor_us` is the
+time of bytes or operations, those of linears and of attention. Of whole models it is that of their blocks and
+of a bfloat16 head for one token. Writes results/block.json and results/block.md.
 """
 
 from __future__ import annotations
@@ -22,10 +23,21 @@ MODELS = {
     "8B": (4096, 14336, 32, 8, 128, 128),
     "70B": (8192, 28672, 64, 8, 128, 128),
 }
+# Blocks, and tokens of the vocabulary.
+WHOLE = {"SmolLM2": (30, 49152), "8B": (32, 128256), "70B": (80, 128256)}
 CHIPS = ("v4", "v5e", "v5p", "v6e", "tpu7x", "H100")
 # Tokens that enter at once, and places of the cache.
 STEPS = {"decode": (1, 4096), "prefill": (512, 512)}
 BITS = 4
+
+
+def operations(name: str, step: str) -> int:
+    """Of the linears of a block, and of the scores and sums of attention, each token at its own place."""
+    hidden, intermediate, heads, kv_heads, head_dim, _ = MODELS[name]
+    tokens, places = STEPS[step]
+    weights = hidden * (2 * (heads + kv_heads) * head_dim + 3 * intermediate)
+    seen = sum(range(places - tokens + 1, places + 1))
+    return 2 * tokens * weights + 4 * seen * heads * head_dim
 
 
 def compile_all(chip: str) -> list[dict]:
@@ -84,7 +96,7 @@ def compile_all(chip: str) -> list[dict]:
             "temp_bytes": memory.temp_size_in_bytes,
             "bf16_bytes": 2 * config.hidden_size * config.intermediate_size,
             "calls": len(aot.CALL.findall(program.as_text())),
-            "floor_us": 1e6 * memory.argument_size_in_bytes / aot.CHIPS[chip][1],
+            "floor_us": aot.floor_us(chip, memory.argument_size_in_bytes, operations(name, step)),
             "compile_seconds": time.perf_counter() - started,
         }  # fmt: skip
 
@@ -104,7 +116,25 @@ def table(rows: list[dict]) -> str:
             f"{r['argument_bytes'] / r['packed_bytes'] - 1:.1%} | {r['temp_bytes'] / 1e6:.1f} | "
             f"{r['bf16_bytes'] / 1e6:.1f} | {r['calls']} | {r['floor_us']:.1f} |"
         )
+    lines += [
+        "",
+        "Predicted floors of whole models, ms: a token behind 4096, and a prompt of 512.",
+        "",
+        "| chip | " + " | ".join(f"{name}, {step}" for name in MODELS for step in STEPS) + " |",
+        "| --- |" + " ---: |" * len(MODELS) * len(STEPS),
+    ]
+    for chip in dict.fromkeys(r["chip"] for r in rows):
+        floors = {(r["model"], r["step"]): r["floor_us"] for r in rows if r["chip"] == chip}
+        cells = [f"{whole_ms(chip, *key, floor):.3g}" for key, floor in floors.items()]
+        lines.append(f"| {chip} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def whole_ms(chip: str, name: str, step: str, block_us: float) -> float:
+    """Blocks one after another, and the head for the last token."""
+    blocks, vocabulary = WHOLE[name]
+    head = aot.floor_us(chip, 2 * vocabulary * MODELS[name][0])
+    return (blocks * block_us + head) / 1e3
 
 
 if __name__ == "__main__":
