@@ -115,7 +115,7 @@ class Bench:
         return (state, rest, self.params, tokens, self.outputs), {**configs, "options": options}
 
     def prices(self, repeats: int = 5) -> dict[str, float]:
-        """Median time of a step with each loss over that of a step without one, all kinds in turn."""
+        """Least time of a step with each loss over that of a step without one, all kinds in turn."""
         seconds: dict[str, list[float]] = {loss: [] for loss in LOSSES}
         for number in range(repeats + 1):
             for loss in LOSSES:
@@ -125,8 +125,7 @@ class Bench:
                 jax.block_until_ready(train_step(*positional, **static))
                 if number:  # the first compiles
                     seconds[loss].append(time.perf_counter() - begun)
-        plain = statistics.median(seconds["none"])
-        return {loss: statistics.median(values) / plain for loss, values in seconds.items()}
+        return {loss: min(values) / min(seconds["none"]) for loss, values in seconds.items()}
 
     def memory(self) -> dict[str, float]:
         """Bytes that a step allocates besides its arguments, over those of a step without a loss."""

@@ -297,7 +297,8 @@ def osaq(
     Args:
       problem: `weight` `[in, out]`; computed in float32, or in float64 where it or the moments are.
       form: static.
-      eta: price of output energy (soft). About 300 at 2 bits, 1e3 at 3, 3e3 above.
+      eta: price of output energy (soft). 1e3 up to 3 bits, 3e3 above; below 1e3 other texts than those of
+        the moments see the step.
       gamma: share of the energy (hard); see `hard_null_space`.
       tau: temperature relative to the largest weight of a group; .15 to .3.
       mu: price of movement, > 0. `1 / n` of it is the paper's `mu1`.
