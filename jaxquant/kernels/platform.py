@@ -79,17 +79,26 @@ def by_platform(
         chosen = use_backend.value if backend is None else backend
         check_backend(chosen)
         if chosen == "portable":
-            return portable(*arrays, **layout)
+            return jitted(**layout)(*arrays)
         results = again(*arrays, asked=chosen == "kernel", strict=backend == "kernel", **layout)
         return results[0] if len(results) == 1 else tuple(results)
+
+    # Else calls outside of `jit` would compile its loops every time, and, inlined, those of its gradient.
+    @functools.cache
+    def jitted(**layout: Any) -> Callable[..., Any]:
+        return jax.jit(functools.partial(portable, **layout))
 
     def again(*arrays: Array, **params: Any) -> list[Array]:
         return primitive.bind(*varying_alike(*arrays), **params)
 
     def shape(*avals: Any, asked: bool, strict: bool, **layout: Any) -> Any:
-        inputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+        # On a mesh of explicit axes what comes out is laid out as the portable implementation has it.
+        inputs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in avals]
         results = jax.tree.leaves(jax.eval_shape(functools.partial(portable, **layout), *inputs))
-        return [avals[0].update(shape=a.shape, dtype=a.dtype, weak_type=False) for a in results]
+        return [
+            avals[0].update(shape=a.shape, dtype=a.dtype, weak_type=False, sharding=a.sharding)
+            for a in results
+        ]
 
     def jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], **params: Any) -> Any:
         layout = {key: value for key, value in params.items() if key not in ("asked", "strict")}
@@ -100,7 +109,7 @@ def by_platform(
             arrays = list(primals)
             for i, value in zip(moving, values, strict=True):
                 arrays[i] = value
-            return jax.tree.leaves(portable(*arrays, **layout))
+            return jax.tree.leaves(jitted(**layout)(*arrays))
 
         results = again(*primals, **params)
         _, moved = jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])

@@ -161,7 +161,8 @@ def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """`hidden @ head` (or the tied embedding), accumulated and returned in float32: `[..., V]`."""
     if config.tie_embeddings:
         return head_matmul(hidden, params["embed"])
-    return _matmul(hidden, params["head"], jnp.float32)
+    head = params["head"]
+    return head_matmul(hidden, head, axis=1) if _is_array(head) else _matmul(hidden, head, jnp.float32)
 
 
 def forward(

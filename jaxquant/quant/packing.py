@@ -108,7 +108,7 @@ def unpair(
 
 
 def check_packed(
-    channels: int,
+    x: Array,
     words: Array,
     scale: Array | jax.ShapeDtypeStruct,
     zero: Array | jax.ShapeDtypeStruct,
@@ -116,11 +116,21 @@ def check_packed(
     bits: int,
     block: int,
 ) -> None:
-    """InputError unless words, scales and zeros are those of `channels` inputs: kernels rely on it."""
+    """InputError unless words, scales and zeros are those of the inputs x has: kernels rely on it."""
+    if bits not in _PLANES or block < 1:
+        raise InputError(
+            f"{bits} bits in blocks of {block} cannot be packed; use 1 to 8, and at least one row"
+        )
+    if x.ndim < 1 or words.ndim != 3 or not jnp.issubdtype(words.dtype, jnp.unsignedinteger):
+        raise InputError(
+            f"x {x.shape} and words {words.shape} of {words.dtype} do not fit: give x an axis of inputs, and "
+            "unsigned words (blocks, words, outputs), as quant.packing.pack makes them"
+        )
+    channels = x.shape[-1]
     depth = packed_rows(block, bits, jnp.iinfo(words.dtype).bits)
     blocks, out = words.shape[0], words.shape[2]
-    groups = scale.shape[0]
-    if words.shape[1] != depth or blocks * block != channels:
+    groups = scale.shape[0] if scale.ndim else 0
+    if words.shape[1] != depth or blocks * block != channels or blocks < 1:
         raise InputError(
             f"words {words.shape} of {words.dtype} do not hold {channels} rows of {bits}-bit codes in blocks "
             f"of {block}: that is {(channels // block, depth, out)}"

@@ -31,6 +31,8 @@ class QArray:
 
     Leading axes are free, so a QArray goes through `jax.vmap` and `lax.scan` as arrays do; `shape` is that of
     one matrix. Integer leaves have no gradient: differentiate with respect to `scale`, or the activations.
+    Inside `jax.shard_map` leaves may be cut over outputs, and without `order` over whole groups of inputs:
+    `x @ q` and `dequantize` are then those of the part, and the products of parts of the inputs add up.
     """
 
     words: UInt[Array, "*stack blocks words out"]
@@ -80,7 +82,7 @@ class QArray:
     def codes(self) -> UInt[Array, "*stack in out"]:
         """Unpacked codes as uint8, in packed row order."""
         codes = unpack(self.words, self.grid.bits, self.block)
-        return codes.reshape(*codes.shape[:-3], *self.shape)
+        return codes.reshape(*codes.shape[:-3], self._rows, codes.shape[-1])
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Float[Array, "*stack in out"]:
         """The whole weight `[..., in, out]` in the original input order."""
@@ -121,9 +123,16 @@ class QArray:
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x @ QArray: x is {x.dtype}; convert it to a float dtype")
-        if x.shape[-1] != self.shape[0]:
-            raise ValueError(f"x @ QArray: x has {x.shape[-1]} features, the weight {self.shape[0]} inputs")
+        if x.shape[-1] != self._rows:
+            raise ValueError(f"x @ QArray: x has {x.shape[-1]} features, the weight {self._rows} inputs")
+        if self.order is not None and self._rows != self.shape[0]:
+            raise ValueError("x @ QArray: inputs in order of activation cannot be cut; use static groups")
         return x if self.order is None else jnp.take(x, self.order, axis=-1)
+
+    @property
+    def _rows(self) -> int:
+        """Inputs that are here, which inside `jax.shard_map` may be a part of `shape`."""
+        return self.words.shape[-3] * self.block
 
     def _zero(self) -> Array:
         return jnp.full_like(self.scale, self.grid.constant_zero) if self.zero is None else self.zero

@@ -164,3 +164,35 @@ def test_shapes_that_do_not_fit():
         cache_attention(q[:, :, :3], k, v, start=3)
     with pytest.raises(InputError, match=r"keys .* and values .* differ"):
         cache_attention(q, k, jax.tree.map(lambda a: a[:, 1:], v), start=3)
+    with pytest.raises(
+        InputError, match=r"queries \(1, 4, 16\) .* no floats of \(batch, tokens, heads, head_dim\)"
+    ):
+        cache_attention(q[0], k, v, start=3)
+    for window in (0, -1, 2**31):
+        with pytest.raises(InputError, match=f"window={window}: a token sees itself; give 1 or more"):
+            cache_attention(q, k, v, start=3, window=window)
+    for start in (-1, 8, 2**31):
+        with pytest.raises(InputError, match=f"start={start}: 1 tokens from there on do not fit 8 places"):
+            cache_attention(q, k, v, start=start)
+
+
+def test_no_queries(attend):
+    q, k, v, start = problem(2, 1, 8, 2, 2, 16, (GRID, GRID))
+    assert attend(q[:, :0], k, v, start=start).shape == (2, 0, 4, 16)
+    k, v = jax.tree.map(lambda a: a[:0], (k, v))
+    assert attend(q[:0], k, v, start=start[:0]).shape == (0, 1, 4, 16)
+
+
+@pytest.mark.parametrize("backend", ["portable", "kernel"])
+def test_programs_do_not_grow_with_the_cache(backend):
+    q, k, v, _ = problem(1, 1, 8, 2, 2, 64, (GRID, GRID))
+
+    def text(places):
+        wide = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, places, *a.shape[2:]), a.dtype), (k, v))
+        of = jax.jit(lambda q, k, v: cache_attention(q, k, v, start=3, window=5, backend=backend))
+        return of.trace(q, *wide).lower(lowering_platforms=("tpu",)).as_text()
+
+    small, large = text(512), text(16384)
+    assert ("tpu_custom_call" in small) == (backend == "kernel")
+    assert small.count("\n") == large.count("\n")
+    assert len(large) < 1.05 * len(small)

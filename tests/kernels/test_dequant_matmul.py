@@ -10,9 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from integer_problem import close
+from integer_problem import problem as codes_problem
 
 from jaxquant.kernels.dequant_matmul import dequant_matmul, reference, scan
-from jaxquant.quant import pack
+from jaxquant.quant import Grid, QArray, pack
+from jaxquant.quant.packing import packed_rows
 
 packed = jax.jit(pack, static_argnums=1)
 
@@ -39,6 +44,95 @@ def test_scan_equals_reference(bits, blocks, block, groups):
     tolerance = 1e-5 * float(jnp.max(jnp.abs(expected)))
     for y in others:
         np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 3),
+    blocks_of_group=st.integers(1, 3),
+    block=st.integers(1, 40),
+    out=st.integers(1, 150),
+    bits=st.integers(1, 8),
+    tile_rows=st.sampled_from([8, 64]),
+    seed=st.integers(0, 2**16),
+)
+def test_scan_equals_float64(rows, groups, blocks_of_group, block, out, bits, tile_rows, seed):
+    """Tiles of several blocks, of one, and of some of the outputs of one."""
+    blocks = groups * blocks_of_group
+    (codes, scale, lo, *weight), expected = codes_problem(
+        rows, blocks, block, groups, 1, out, bits, 8, seed=seed
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "TILE_ROWS", tile_rows)
+        multiply = jax.jit(lambda *a: scan.dequant_matmul(*a, bits=bits, block=block))
+        close(multiply(lo + scale * codes.astype(jnp.float32), *weight), expected)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    groups=st.integers(1, 4),
+    size=st.integers(1, 20),
+    out=st.integers(1, 40),
+    bits=st.integers(1, 8),
+    seed=st.integers(0, 2**16),
+)
+def test_order_of_inputs(rows, groups, size, out, bits, seed):
+    """Packed row k holds input `order[k]`."""
+    rng = np.random.default_rng(seed)
+    channels = groups * size
+    codes = rng.integers(0, 2**bits, (channels, out), dtype=np.uint8)
+    scale, zero = rng.uniform(0.5, 2, (groups, out)), rng.uniform(0, 2**bits, (groups, out))
+    scale, zero = (jnp.asarray(a, jnp.float16) for a in (scale, zero))
+    order, x = rng.permutation(channels).astype(np.int32), np.float32(rng.standard_normal((rows, channels)))
+
+    @jax.jit
+    def product(x, codes, scale, zero, order):
+        q = QArray.from_codes(codes, scale, zero, Grid(bits=bits, group_size=size), order=order)
+        return x @ q
+
+    dense = np.zeros((channels, out))
+    step, shift = (np.repeat(np.float64(a), size, axis=0) for a in (scale, zero))
+    dense[order] = step * (codes - shift)
+    close(product(x, codes, scale, zero, order), np.float64(x) @ dense)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_one_block_of_all_inputs_is_cut(moving):
+    """14330 inputs have no divisor that makes blocks; the weight is 235 MB in float32, the words 29 MB."""
+    array = jax.ShapeDtypeStruct
+    half = array((1, 4096), jnp.float16)
+    arguments = (array((1, 14330), jnp.float32), array((1, 7165, 4096), jnp.uint8), half, half)
+    product = functools.partial(dequant_matmul, bits=4, block=14330, backend="portable")
+    f = jax.grad(lambda *a: jnp.sum(product(*a)), argnums=(0, 2)) if moving else product
+    program = jax.jit(f).lower(*arguments).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 80e6
+
+
+@pytest.mark.parametrize("backend", ["portable", "kernel"])
+def test_programs_do_not_grow_with_the_weight(backend):
+    def text(size):
+        array = jax.ShapeDtypeStruct
+        half = array((size // 128, size), jnp.float16)
+        words = array((size // 128, packed_rows(128, 3), size), jnp.uint8)
+        product = jax.jit(functools.partial(dequant_matmul, bits=3, block=128, backend=backend))
+        traced = product.trace(array((4, size), jnp.bfloat16), words, half, half)
+        return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+    small, large = text(1024), text(8192)
+    assert ("tpu_custom_call" in small) == (backend == "kernel")
+    assert small.count("\n") == large.count("\n")
+    assert len(large) < 1.05 * len(small)
+
+
+@pytest.mark.parametrize("backend", ["portable", None])
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_no_outputs_and_no_rows(rows, backend):
+    x, words, scale, zero = problem(4, 2, 32, 2, rows=rows)
+    multiply = functools.partial(dequant_matmul, bits=4, block=32, backend=backend)
+    assert multiply(x, words, scale, zero).shape == (rows, 24)
+    assert multiply(x, words[..., :0], scale[:, :0], zero[:, :0]).shape == (rows, 0)
 
 
 def test_leading_axes_and_dtype():

@@ -9,11 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from integer_problem import close
+from integer_problem import problem as exact_problem
 
 from jaxquant.kernels import use_backend
 from jaxquant.kernels.integer_matmul import integer_matmul, reference, scan
 from jaxquant.quant import ActivationGrid, Grid, QActivation, QArray, pack
 from jaxquant.quant import quantize as nearest
+from jaxquant.quant.packing import unpack
 
 packed, quantize = jax.jit(pack, static_argnums=1), jax.jit(nearest, static_argnums=1)
 
@@ -77,10 +82,54 @@ def test_float64_equals_numpy(case):
     x, x_scale, x_lo, big_s, big_z = (np.asarray(a, np.float64) for a in (x, x_scale, x_lo, scale, zero))
     per_x, per_w = channels // x_lo.shape[1], channels // big_s.shape[0]
     values = np.repeat(x_lo, per_x, axis=1) + np.repeat(x_scale, per_x, axis=1) * x
-    weight = QArray(words, scale, zero, None, Grid(bits=bits, group_size=per_w), (channels, words.shape[-1]))
-    codes = np.asarray(jax.jit(QArray.codes)(weight), np.float64)
+    codes = np.float64(jax.jit(unpack, static_argnums=(1, 2))(words, bits, block)).reshape(channels, -1)
     dense = np.repeat(big_s, per_w, axis=0) * (codes - np.repeat(big_z, per_w, axis=0))
     np.testing.assert_allclose(y, values @ dense, rtol=1e-12, atol=1e-10)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    data=st.data(),
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 3),
+    blocks_of_group=st.integers(1, 3),
+    block=st.integers(1, 40),
+    out=st.integers(1, 150),
+    bits=st.integers(1, 8),
+    x_bits=st.integers(1, 8),
+    tile_rows=st.sampled_from([8, 512]),
+    seed=st.integers(0, 2**16),
+)
+def test_scan_equals_float64(
+    data, rows, groups, blocks_of_group, block, out, bits, x_bits, tile_rows, seed
+):  # fmt: skip
+    """Whole blocks, and parts of their outputs."""
+    blocks = groups * blocks_of_group
+    divisors = [n for n in range(1, blocks * block + 1) if blocks * block % n == 0]
+    x_groups = data.draw(st.sampled_from(divisors))
+    arrays, expected = exact_problem(rows, blocks, block, groups, x_groups, out, bits, x_bits, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "TILE_ROWS", tile_rows)
+        product = jax.jit(lambda *a: scan.integer_matmul(*a, x_bits=x_bits, bits=bits, block=block))
+        close(product(*arrays), expected)
+
+
+def test_one_block_of_all_inputs_is_cut():
+    """The codes of 14330 x 4096 are 59 MB; their words 29 MB."""
+    array = jax.ShapeDtypeStruct
+    one, half = array((1, 1), jnp.float32), array((1, 4096), jnp.float16)
+    arrays = (array((1, 14330), jnp.uint8), one, one, array((1, 7165, 4096), jnp.uint8), half, half)
+    product = functools.partial(integer_matmul, x_bits=4, bits=4, block=14330, backend="portable")
+    assert jax.jit(product).lower(*arrays).compile().memory_analysis().temp_size_in_bytes < 40e6
+
+
+@pytest.mark.parametrize("backend", ["portable", None])
+@pytest.mark.parametrize("rows", [0, 2])
+def test_no_outputs_and_no_rows(rows, backend):
+    *x, words, scale, zero = problem(4, 4, 2, 2, 2, 32, rows=rows)
+    multiply = functools.partial(integer_matmul, x_bits=4, bits=4, block=32, backend=backend)
+    assert multiply(*x, words, scale, zero).shape == (rows, 24)
+    assert multiply(*x, words[..., :0], scale[:, :0], zero[:, :0]).shape == (rows, 0)
 
 
 def test_products_are_those_of_integers():

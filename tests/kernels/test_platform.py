@@ -11,10 +11,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxquant.errors import InputError
-from jaxquant.kernels.dequant_matmul import dequant_matmul, reference
+from jaxquant.kernels.dequant_matmul import dequant_matmul, paired_matmul, reference
 from jaxquant.kernels.integer_matmul import integer_matmul
 from jaxquant.kernels.platform import Kernel, by_platform
 from jaxquant.quant import Grid, quantize
+from jaxquant.quant.packing import pair
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,27 @@ def test_nothing_is_run_step_by_step(arrays):
     expected = reference.dequant_matmul(*arrays, bits=4, block=32)
     with jax.disable_jit():
         np.testing.assert_allclose(product(*arrays), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [None, "portable"])
+def test_calls_outside_of_jit_are_compiled_once(arrays, backend, caplog):
+    x, *weight = arrays
+
+    def everything():
+        multiply = functools.partial(product, backend=backend)
+        loss = lambda x, scale: jnp.sum(multiply(x, weight[0], scale, weight[2]))  # noqa: E731
+        return multiply(*arrays), jax.grad(loss, argnums=(0, 1))(x, weight[1])
+
+    def compiled():
+        caplog.clear()
+        with jax.log_compiles():
+            everything()
+        return sum("Finished XLA compilation" in message for message in caplog.messages)
+
+    everything()
+    assert compiled() == 0
+    jax.clear_caches()
+    assert compiled() > 0
 
 
 def test_an_axis_of_size_0_is_mapped(arrays):
@@ -99,5 +121,34 @@ def test_shapes_that_do_not_agree(arrays):
     with pytest.raises(InputError, match="do not hold 64 rows of 3-bit codes in blocks of 32"):
         dequant_matmul(x, words, scale, zero, bits=3, block=32)
     codes, ranges = jnp.zeros((2, 64), jnp.uint8), jnp.ones((2, 2))
+    multiply = functools.partial(integer_matmul, x_bits=4, bits=4, block=32)
     with pytest.raises(InputError, match=r"scales \(2, 2\) and offsets \(2, 1\) do not fit x \(2, 64\)"):
-        integer_matmul(codes, ranges, ranges[:, :1], words, scale, zero, x_bits=4, bits=4, block=32)
+        multiply(codes, ranges, ranges[:, :1], words, scale, zero)
+    with pytest.raises(InputError, match=r"scales \(2, 0\) .* give both one for each group of channels"):
+        multiply(codes, ranges[:, :0], ranges[:, :0], words, scale, zero)
+    with pytest.raises(
+        InputError, match=r"words \(2, 128\) of uint8 do not fit: .* \(blocks, words, outputs\)"
+    ):
+        product(x, words[:, 0], scale, zero)
+    with pytest.raises(InputError, match=r"x \(\) and words .* do not fit: give x an axis of inputs"):
+        product(jnp.float32(1), words, scale, zero)
+    with pytest.raises(InputError, match=r"scales \(\) and zeros \(\) do not fit 2 blocks"):
+        product(x, words, jnp.float16(1), jnp.float16(1))
+
+
+def test_dtypes_and_bits_that_are_not_multiplied(arrays):
+    x, words, scale, zero = arrays
+    with pytest.raises(InputError, match="dequant_matmul: x is int32; convert it to a float dtype"):
+        product(x.astype(jnp.int32), words, scale, zero)
+    with pytest.raises(InputError, match="dequant_matmul: x is uint8"):
+        paired_matmul(x.astype(jnp.uint8), words, pair(scale, zero), bits=4, block=32)
+    with pytest.raises(InputError, match=r"words .* of float32 do not fit: .* unsigned"):
+        product(x, words.astype(jnp.float32), scale, zero)
+    with pytest.raises(InputError, match="9 bits in blocks of 32 cannot be packed; use 1 to 8"):
+        dequant_matmul(x, words, scale, zero, bits=9, block=32)
+    codes, ranges = jnp.zeros((2, 64), jnp.uint8), jnp.ones((2, 1))
+    for given, x_bits in ((codes, 0), (codes, 9), (codes.astype(jnp.int32), 4), (x, 4)):
+        with pytest.raises(
+            InputError, match=rf"x is {given.dtype}, x_bits={x_bits}; give codes of 1 to 8 bits"
+        ):
+            integer_matmul(given, ranges, ranges, words, scale, zero, x_bits=x_bits, bits=4, block=32)

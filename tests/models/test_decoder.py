@@ -215,6 +215,23 @@ def test_bfloat16_activations_with_float32_logits():
     assert jnp.abs(output - exact).max() < 0.15
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_narrow_head_is_not_widened_as_a_whole(tied, dtype):
+    config = dataclasses.replace(LLAMA, vocab_size=32003, hidden_size=256, tie_embeddings=tied)
+    head = jax.ShapeDtypeStruct((32003, 256) if tied else (256, 32003), dtype)
+    params, hidden = {"embed" if tied else "head": head}, jax.ShapeDtypeStruct((1, 1, 256), jnp.float32)
+    program = jax.jit(lambda params, hidden: logits(params, config, hidden)).lower(params, hidden).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 0.2 * 4 * head.size
+
+
+def test_a_packed_head_equals_its_dequantized_self():
+    params, tokens = params_of(LLAMA), tokens_of(LLAMA)
+    head = quantize(params["head"], Grid(bits=4, group_size=16))
+    packed, plain = ({**params, "head": a} for a in (head, head.dequantize()))
+    np.testing.assert_allclose(run(packed, LLAMA, tokens).logits, run(plain, LLAMA, tokens).logits, atol=5e-5)
+
+
 def test_compiled_size_does_not_grow_with_depth():
     def size(layers):
         config = dataclasses.replace(LLAMA, num_layers=layers)

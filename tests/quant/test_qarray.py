@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -192,3 +196,57 @@ def test_tree_keeps_static_parts():
     assert rebuilt.grid == q.grid
     assert rebuilt.shape == q.shape
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.uint8), jnp.dtype(jnp.float16)}
+
+
+@pytest.mark.slow
+def test_parts_on_several_devices_and_axes_that_are_explicit():
+    code = """
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import AxisType, PartitionSpec as P
+        from jaxquant.kernels import use_backend
+        from jaxquant.kernels.cache_attention import cache_attention
+        from jaxquant.quant import ActivationGrid, Grid, PackedHeads, QActivation, quantize
+
+        q = quantize(jax.random.normal(jax.random.key(0), (64, 40)), Grid(bits=4, group_size=32))
+        x = jax.random.normal(jax.random.key(1), (4, 64))
+        codes = QActivation.of(x, ActivationGrid(bits=8, group_size=32))
+        near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        last = lambda tree, axis: jax.tree.map(lambda a: P(*[None] * (a.ndim - 1), axis), tree)
+
+        manual = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+        for own in (x, codes):
+            add = lambda x, q: jax.lax.psum(x @ q, "d")
+            specs = dict(mesh=manual, in_specs=(P(None, "d"), P("d")), out_specs=P())
+            near(jax.shard_map(add, **specs)(own, q), own @ q)
+            specs = dict(mesh=manual, in_specs=(P(), last(q, "d")), out_specs=P(None, "d"))
+            near(jax.shard_map(lambda x, q: x @ q, **specs)(own, q), own @ q)
+
+        heads = jax.random.normal(jax.random.key(2), (2, 2, 64, 2, 32))
+        k, v = (PackedHeads.of(a, ActivationGrid(bits=4)) for a in heads)
+        queries = jax.random.normal(jax.random.key(3), (2, 1, 4, 32))
+        attend = jax.jit(lambda q, k, v: cache_attention(q, k, v, start=50))
+        expected = [x @ q, codes @ q, attend(queries, k, v)]
+        explicit = jax.make_mesh((2, 2), ("r", "o"), axis_types=(AxisType.Explicit,) * 2)
+        with jax.set_mesh(explicit):
+            lay = lambda tree, specs: jax.tree.map(jax.reshard, tree, specs)
+            rows = lambda tree: lay(tree, jax.tree.map(lambda a: P("r"), tree))
+            for backend in (None, "portable"):
+                with use_backend(backend):
+                    multiply = jax.jit(lambda x, q: x @ q)
+                    found = [multiply(rows(own), lay(q, last(q, "o"))) for own in (x, codes)]
+                    found.append(attend(*map(rows, (queries, k, v))))
+                assert [jax.typeof(y).sharding.spec[:2] for y in found[:2]] == [("r", "o")] * 2
+                assert jax.typeof(found[2]).sharding.spec[0] == "r"
+                for y, of in zip(found, expected):
+                    near(jax.device_get(y), of)
+    """
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, check=True)
+
+
+def test_inputs_in_order_of_activation_cannot_be_cut():
+    q = quantize(jnp.ones((64, 8)), Grid(bits=4, group_size=32))
+    whole = dataclasses.replace(q, order=jnp.arange(64))
+    half = dataclasses.replace(whole, words=q.words[: len(q.words) // 2])
+    with pytest.raises(ValueError, match="order of activation cannot be cut"):
+        jnp.ones((1, 32)) @ half

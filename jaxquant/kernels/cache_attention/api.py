@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxquant.errors import InputError
@@ -43,14 +44,17 @@ def cache_attention(
         where the program is lowered for such a device and it takes these arrays.
 
     Raises:
-      InputError: heads that cannot share the heads of the cache, or other shapes that do not agree.
+      InputError: heads that cannot share the heads of the cache, or other shapes that do not agree; a number
+        as `start` or `window` that is out of range.
       UsageError: an unknown backend, or `"kernel"` where there is none.
     """
+    if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise InputError(f"queries {q.shape} of {q.dtype} are no floats of (batch, tokens, heads, head_dim)")
     batch, tokens, heads, n = q.shape
     shape = (*keys.words.shape[:3], keys.head_dim)
     if shape != (*values.words.shape[:3], values.head_dim):
         raise InputError(f"keys {shape} and values {(*values.words.shape[:3], values.head_dim)} differ")
-    if (batch, n) != (shape[0], shape[3]) or heads % shape[2] or tokens > shape[1]:
+    if (batch, n) != (shape[0], shape[3]) or heads % max(shape[2], 1) or tokens > shape[1]:
         raise InputError(
             f"queries {q.shape} do not fit keys {shape}: batch and head_dim are to be equal, {heads} heads a "
             f"multiple of {shape[2]}, {tokens} tokens no more than {shape[1]} places"
@@ -64,6 +68,12 @@ def cache_attention(
                 f"{name}: words {heads_of.words.shape} and scales or offsets "
                 f"{[part.shape for part in parts]} are not {(*shape[:3], depth)} and {grouped}"
             )
+    if isinstance(window, int | np.integer) and not 0 < window < 2**31:
+        raise InputError(f"window={window}: a token sees itself; give 1 or more, below 2^31, or None for all")
+    if isinstance(start, int | np.integer) and not 0 <= start <= shape[1] - tokens:
+        raise InputError(f"start={start}: {tokens} tokens from there on do not fit {shape[1]} places")
+    if 0 in q.shape:
+        return q
     seen = shape[1] if window is None else window
     rows = [jnp.broadcast_to(jnp.asarray(a, jnp.int32), (batch,)) for a in (start, seen)]
     stores = [

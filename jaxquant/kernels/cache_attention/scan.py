@@ -76,7 +76,7 @@ def cache_attention(
         seen = (begin < stop) & (begin + chunk > first)
         return lax.cond(seen, attend, lambda state, begin: state, state, begin), None
 
-    zero = jnp.zeros((*rows.shape[:3], 1), wide)
+    zero = jnp.zeros_like(rows[..., :1])  # on a mesh of explicit axes laid out as they are
     arrays = (rows, start, window, *jax.tree.leaves((keys, values)))
     top, total, mixed, *_ = varying_alike(zero + lowest, zero, jnp.zeros_like(rows), *arrays)
     (_, total, mixed), _ = lax.scan(step, (top, total, mixed), jnp.arange(0, size, chunk, dtype=jnp.int32))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt
@@ -49,9 +51,9 @@ def dequant_matmul(
 
     Raises:
       UsageError: an unknown backend, or `"kernel"` where there is none.
-      InputError: shapes that do not agree.
+      InputError: x that is no floats, or shapes that do not agree.
     """
-    check_packed(x.shape[-1], words, scale, zero, bits=bits, block=block)
+    _check(x, words, scale, zero, bits=bits, block=block)
     rows = x.reshape(-1, x.shape[-1])
     y = _dequant_matmul(rows, words, scale, zero, backend=backend, bits=bits, block=block)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -77,7 +79,16 @@ def paired_matmul(
             "uint32 of (groups, 1, outputs)"
         )
     scale = jax.ShapeDtypeStruct((pairs.shape[0], pairs.shape[2]), jnp.float16)
-    check_packed(x.shape[-1], words, scale, scale, bits=bits, block=block)
+    _check(x, words, scale, scale, bits=bits, block=block)
     rows = x.reshape(-1, x.shape[-1])
     y = _paired_matmul(rows, words, pairs, backend=backend, bits=bits, block=block)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _check(x: Array, *packed: Any, bits: int, block: int) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        # The weight would be rounded to integers.
+        raise InputError(
+            f"dequant_matmul: x is {x.dtype}; convert it to a float dtype, or give codes to integer_matmul"
+        )
+    check_packed(x, *packed, bits=bits, block=block)

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from jaxquant.kernels import native
+from jaxquant.kernels.dequant_matmul.scan import by_columns
 from jaxquant.kernels.platform import Kernel
 
 #: Rows of x up to which words are unpacked for every eight of them; above, tiles of the weight are written
 #: out and multiplied by XLA, which has the faster product (by measurement).
 LARGEST_ROWS = 64
-# Weights of a tile, which should stay in the second cache, and its columns, of which a product needs some.
-_TILE, _LEAST_COLUMNS = 2**20, 64
+# Weights of a tile, which should stay in the second cache.
+_TILE = 2**20
 _SOURCE = Path(__file__).with_suffix(".cc")
 _MATMUL, _DEQUANTIZE = "jaxquant_dequant_matmul", "jaxquant_dequantize"
 
@@ -36,21 +37,17 @@ def dequant_matmul(
     Many rows are multiplied by one tile of columns of the dequantized weight after another. With few, scales
     come last: an infinity in x becomes NaN, and sums over codes have to be finite.
     """
-    wide, out = x.astype(jnp.float32), words.shape[2]
+    wide = x.astype(jnp.float32)
     if x.shape[0] <= LARGEST_ROWS:
-        shape = jax.ShapeDtypeStruct((x.shape[0], out), jnp.float32)
+        shape = jax.ShapeDtypeStruct((x.shape[0], words.shape[2]), jnp.float32)
         return jax.ffi.ffi_call(_MATMUL, shape)(wide, words, scale, zero, bits=bits).astype(x.dtype)
-    widths = [d for d in range(1, out + 1) if out % d == 0 and d >= min(out, _LEAST_COLUMNS)]
-    width = max((d for d in widths if d * x.shape[1] <= _TILE), default=widths[0])
 
-    def columns(start: Array) -> Array:
-        tile = (jax.lax.dynamic_slice_in_dim(a, start, width, axis=-1) for a in (words, scale, zero))
-        shape = jax.ShapeDtypeStruct((words.shape[0], block, width), jnp.float32)
-        weight = jax.ffi.ffi_call(_DEQUANTIZE, shape)(*tile, bits=bits)
-        return jnp.matmul(wide, weight.reshape(-1, width)).astype(x.dtype)
+    def columns(words: Array, scale: Array, zero: Array) -> Array:
+        shape = jax.ShapeDtypeStruct((words.shape[0], block, words.shape[2]), jnp.float32)
+        weight = jax.ffi.ffi_call(_DEQUANTIZE, shape)(words, scale, zero, bits=bits)
+        return jnp.matmul(wide, weight.reshape(x.shape[1], -1)).astype(x.dtype)
 
-    y = jax.lax.map(columns, jnp.arange(0, out, width))
-    return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], out)
+    return by_columns(columns, words, scale, zero, _TILE // x.shape[1])
 
 
 def _refuses(x: Any, words: Any, scale: Any, zero: Any, *, bits: int, block: int) -> str:

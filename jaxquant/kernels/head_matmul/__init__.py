@@ -1,4 +1,4 @@
-"""`x @ w.T` for a vocabulary's embedding that is stored in a narrower dtype than the activations."""
+"""`x @ w.T` for an embedding or a head that is stored in a narrower dtype than the activations."""
 
 from jaxquant.kernels.head_matmul.api import head_matmul
 

@@ -9,41 +9,37 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxquant.kernels.platform import Kernel
+from jaxquant.quant.parts import by_parts
 
-# Rows of w that are widened at once, so that they stay in the caches; with fewer the loop costs more than it
-# spares.
-_MOST, _LEAST = 4096, 256
+# Weights that are widened at once, so that they stay in the second cache, and their tokens: a product needs
+# some.
+_TILE, _LEAST_TOKENS = 2**20, 64
 
 
 def head_matmul(
-    x: Float[Array, "rows d"], w: Float[Array, "vocabulary d"]
+    x: Float[Array, "rows d"], w: Float[Array, "vocabulary d"] | Float[Array, "d vocabulary"], *, axis: int
 ) -> Float[Array, "rows vocabulary"]:
-    """`y = x @ w.T` in float32; shapes as in `reference`.
+    """`y = x @ w.T`, or `x @ w`, by parts of the vocabulary; shapes as in `reference`.
 
-    One row by bfloat16 is a sum that XLA fuses with the conversion; a loop over such a w it would widen as a
-    whole. Over float16 it loops, and what it fuses it converts one by one.
+    Nothing is rounded: where their dtypes differ, x and w are widened to float32.
     """
-    wide = x.astype(jnp.float32)
-    if w.dtype == jnp.bfloat16:
-        return jnp.sum(w.astype(jnp.float32) * wide, axis=-1)[None]
-    parts = w.reshape(-1, _part(len(w)), w.shape[1])
-    y = jax.lax.map(lambda part: jnp.matmul(wide, part.astype(jnp.float32).T), parts)
-    return jnp.moveaxis(y, 0, 1).reshape(len(x), -1)
+    dtype = x.dtype if x.dtype == w.dtype else jnp.dtype(jnp.float32)
+    x = x.astype(dtype)
+
+    def part(start: Any, width: int) -> Array:
+        # Else XLA takes the conversion out of the loop, and widens all of w.
+        whole, start = jax.lax.optimization_barrier((w, start))
+        own = jax.lax.dynamic_slice_in_dim(whole, start, width, axis).astype(dtype)
+        return jnp.matmul(x, own.T if axis == 0 else own, preferred_element_type=jnp.float32)
+
+    return by_parts(part, w.shape[axis], max(_TILE // max(x.shape[1], 1), _LEAST_TOKENS))
 
 
-def _part(rows: int) -> int:
-    return max(d for d in range(1, _MOST + 1) if rows % d == 0)
-
-
-def _refuses(x: Any, w: Any) -> str:
-    row_by_bfloat16 = x.shape[0] == 1 and w.dtype == jnp.bfloat16
-    by_parts = w.dtype == jnp.float16 and _part(w.shape[0]) >= _LEAST
-    if x.dtype in (jnp.float32, jnp.bfloat16) and (row_by_bfloat16 or by_parts):
+def _refuses(x: Any, w: Any, *, axis: int) -> str:
+    narrow = (jnp.bfloat16, jnp.float16)
+    if x.dtype in (jnp.float32, *narrow) and w.dtype in narrow:
         return ""
-    return (
-        "it takes one row by bfloat16, or rows by float16 in even parts, "
-        f"not {x.str_short()} by {w.str_short()}"
-    )
+    return f"it widens bfloat16 or float16 w, not {x.str_short()} by {w.str_short()}"
 
 
 KERNEL = Kernel(head_matmul, _refuses)

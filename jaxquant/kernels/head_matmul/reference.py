@@ -7,7 +7,8 @@ from jaxtyping import Array, Float
 
 
 def head_matmul(
-    x: Float[Array, "rows d"], w: Float[Array, "vocabulary d"]
+    x: Float[Array, "rows d"], w: Float[Array, "vocabulary d"] | Float[Array, "d vocabulary"], *, axis: int
 ) -> Float[Array, "rows vocabulary"]:
-    """`y = x @ w.T`, w rounded to the dtype of x; sums and result in float32."""
-    return jnp.einsum("rd,vd->rv", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    """`y = x @ w.T`, or `x @ w` for `axis` 1, w rounded to the dtype of x; sums and result in float32."""
+    letters = "vd" if axis == 0 else "dv"
+    return jnp.einsum(f"rd,{letters}->rv", x, w.astype(x.dtype), preferred_element_type=jnp.float32)

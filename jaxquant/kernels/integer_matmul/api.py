@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt, UInt8
 
 from jaxquant.errors import InputError
@@ -47,10 +48,17 @@ def integer_matmul(
 
     Raises:
       UsageError: an unknown backend, or `"kernel"` where there is none.
-      InputError: shapes that do not agree.
+      InputError: x that is no uint8 of 1 to 8 bits, or shapes that do not agree.
     """
-    check_packed(x.shape[-1], words, scale, zero, bits=bits, block=block)
-    if x_scale.shape != x_lo.shape or x_scale.shape[:-1] != x.shape[:-1] or x.shape[-1] % x_scale.shape[-1]:
+    if x.dtype != jnp.uint8 or not 1 <= x_bits <= 8:
+        raise InputError(
+            f"integer_matmul: x is {x.dtype}, x_bits={x_bits}; give codes of 1 to 8 bits as uint8, or floats "
+            "to dequant_matmul"
+        )
+    check_packed(x, words, scale, zero, bits=bits, block=block)
+    x_groups = x_scale.shape[-1] if x_scale.ndim == x.ndim else 0
+    fits = x_groups > 0 and x.shape[-1] % x_groups == 0
+    if not fits or x_scale.shape != (*x.shape[:-1], x_groups) or x_lo.shape != x_scale.shape:
         raise InputError(
             f"scales {x_scale.shape} and offsets {x_lo.shape} do not fit x {x.shape}: give both one for each "
             "group of channels of a token"
