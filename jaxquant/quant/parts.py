@@ -13,7 +13,8 @@ from jaxtyping import Array
 def by_parts(compute: Callable[[Any, int], Any], size: int, largest: int) -> Any:
     """What `compute(0, size)` gives, from parts of at most `largest`, one after another.
 
-    Parts are equally wide; where they do not divide, the last one overlaps the one before.
+    Parts are equally wide. Where no number of them, up to twice the least, divides the axis, the last one
+    overlaps the one before, and the result is written twice.
 
     Args:
       compute: `(start, width)` to arrays, or trees of them, whose last axis are the `width` entries from
@@ -21,7 +22,8 @@ def by_parts(compute: Callable[[Any, int], Any], size: int, largest: int) -> Any
       size: of the last axis.
       largest: width of a part.
     """
-    count = max(-(-size // largest), 1)
+    least = max(-(-size // largest), 1)
+    count = next((n for n in range(least, 2 * least) if size % n == 0), least)
     width = -(-size // count)
     if count == 1:
         return compute(0, size)
