@@ -171,6 +171,20 @@ def test_transforms_and_refinements_run_under_vmap(name, layer):
     np.testing.assert_allclose(together.stats.error[0], one.stats.error, rtol=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="compilers for other devices plan differently")
+def test_a_choice_takes_less_memory_than_another_solve():
+    """Compiled, not run: what the second rounding and its step need besides what GPTQ needs alone."""
+    square = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    grid = Grid(bits=2, group_size=64, clip="mse")
+    problem = jax.eval_shape(lambda w, x: Problem.of(w, observe(x), grid), square, square)
+    alone, chosen = (
+        jax.jit(named(name, grid)).lower(problem).compile().memory_analysis().temp_size_in_bytes
+        for name in ("gptq", "osaq-gptq")
+    )
+    assert chosen < 1.8 * alone
+
+
 def test_a_choice_takes_half_precision_weights(layer):
     weight, moments = layer
     recipe = chain(Best((Shrink(factor=0.98), MagR())), RTN(), grid=GRID)
