@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from jaxquant.quant.parts import by_parts
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(size=st.integers(0, 40), largest=st.integers(1, 12))
 def test_parts_are_the_whole(size, largest):
     a = jnp.arange(2 * size, dtype=jnp.float32).reshape(2, size)

@@ -93,6 +93,7 @@ def test_parts_of_a_batch_add_up(student, teacher, tokens):
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_substitution_trains_on_neighbours_of_the_text_more_and_more(student, teacher, tokens):
     """The losses of a first step are those of distillation on the neighbours that the step draws."""
     trained, rest = split(student[0])
@@ -114,7 +115,7 @@ def test_substitution_trains_on_neighbours_of_the_text_more_and_more(student, te
     assert abs(first_step(little, tokens[:4])["kl"] - plain["kl"]) < abs(found["kl"] - plain["kl"])
 
 
-@pytest.mark.parametrize("smoothness", ["neighborhood", "substitution"])
+@pytest.mark.parametrize("smoothness", [pytest.param("neighborhood", marks=pytest.mark.slow), "substitution"])
 def test_a_killed_run_goes_on_to_the_same_bits(student, teacher, tokens, tmp_path, smoothness):
     class KilledError(Exception):
         pass
