@@ -4,10 +4,10 @@
     python experiments/bench/memory.py q4
 
 Resident memory beyond that of a process that has used a small model already, so that libraries and what the
-compiler allocates once do not count: after the model is loaded, with its tokenizer, after 32 tokens, at its
-largest, and after the allocator gave back what it holds free (glibc's malloc_trim). Beside it the arrays, the
-embedding among them, and what all parameters would take in bfloat16.
-Writes results/memory.json.
+compiler allocates once do not count: after the model is loaded, with its tokenizer, after 32 tokens, and at
+its largest. "loaded", "with_tokenizer" and "trimmed", the last, are after the allocator gave back what it
+holds free (glibc's malloc_trim). Beside it the arrays, the embedding among them, and what all parameters
+would take in bfloat16. Writes results/memory.json.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python experiments/bench/train.py [--repeats 5] [--data DIR]
 
 The models and batches of experiments/fine/qat.py: `tiny`, and with DIR all of SmolLM2-135M. Kinds of steps
-take turns in one run; ratios are of least times. Memory is what the compiled program allocates besides its
+take turns in one run; ratios are of medians. Memory is what the compiled program allocates besides its
 arguments. Writes results/train.json.
 """
 

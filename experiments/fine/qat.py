@@ -9,8 +9,8 @@ the original and perplexity on held-out text, ratio and cosine of input gradient
 distillation alone for as much time as the smoothness loss of that name takes: the price of a step is measured
 first, all kinds in turn (the moments of the layer loss, taken once, are not counted); one that costs no more
 than 5 % has none. With `--windows` the text is scarce: N windows; the layer loss, whose moments come from
-other windows, is left out. Rows are added
-to results/qat.json one by one; those already there are kept. results/qat.md is made from the JSON.
+other windows, is left out. Rows are added to results/qat.json one by one; those already there are kept.
+results/qat.md is made from the JSON.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Bench:
         return (state, rest, self.params, tokens, self.outputs), {**configs, "options": options}
 
     def prices(self, repeats: int = 5) -> dict[str, float]:
-        """Least time of a step with each loss over that of a step without one, all kinds in turn."""
+        """Median time of a step with each loss over that of a step without one, all kinds in turn."""
         seconds: dict[str, list[float]] = {loss: [] for loss in LOSSES}
         for number in range(repeats + 1):
             for loss in LOSSES:
@@ -125,7 +125,8 @@ class Bench:
                 jax.block_until_ready(train_step(*positional, **static))
                 if number:  # the first compiles
                     seconds[loss].append(time.perf_counter() - begun)
-        return {loss: min(values) / min(seconds["none"]) for loss, values in seconds.items()}
+        plain = statistics.median(seconds["none"])
+        return {loss: statistics.median(values) / plain for loss, values in seconds.items()}
 
     def memory(self) -> dict[str, float]:
         """Bytes that a step allocates besides its arguments, over those of a step without a loss."""
