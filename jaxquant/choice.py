@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -14,18 +16,23 @@ from jaxquant.kinds import Stage, Transform, register, required, stage_from_dict
 from jaxquant.methods import Problem, Rounded
 from jaxquant.methods.rounded import column_energies, relative_energy
 
+# With so many outputs to an input, and weights, tries take turns: most of the memory goes to columns there.
+_WIDE, _LARGE = 2, 2**18
+
 
 @register("best")
 @dataclasses.dataclass(frozen=True)
 class Best(Stage):
     """The transform among `candidates`, or none, that leaves the least error, column by column.
 
-    The weight and what the candidates make of it go through the rest of the chain side by side, as one layer,
-    and of every column the rounding with the least `d^T H d` is kept, `d` its distance from `problem.target`
-    and `H = problem.moments.second`. So no column is worse than without candidates on the tokens of the
-    moments, and no layer, but for what float32 makes of the errors. What follows must treat columns
-    independently, as all roundings here do; refinements that say that they couple columns come after the
-    choice. Time and memory of the rounding are those of `1 + len(candidates)` layers with one factorization.
+    The weight and what the candidates make of it go through the rest of the chain side by side, as one layer
+    (under `jit` in turn, where a large layer has twice as many outputs as inputs, to the same end in less
+    memory), and of every column the rounding with the least `d^T H d` is kept, `d` its distance from
+    `problem.target` and `H = problem.moments.second`. So no column is worse than without candidates on the
+    tokens of the moments, and no layer, but for what float32 makes of the errors. What follows must treat
+    columns independently, as all roundings here do; refinements that say that they couple columns come after
+    the choice. The rounding takes the time of `1 + len(candidates)` layers, side by side with one
+    factorization.
 
     Attributes:
       candidates: transforms of the weight alone, which print differently; none of them is always tried, too.
@@ -54,27 +61,42 @@ class Best(Stage):
             finite = jnp.all(jnp.isfinite(weight), axis=0, keepdims=True)
             weights.append(jnp.where(finite, weight, problem.weight))
 
-        tries = len(weights)
+        tries, columns = len(weights), target.shape[1]
         moments = problem.moments
         moments = dataclasses.replace(moments, second=_after(weights[-1], moments.second))
-        together = then(
-            dataclasses.replace(
-                problem,
-                weight=jnp.concatenate(weights, axis=1),
-                moments=moments,
-                target=jnp.tile(problem.target, (1, tries)),
-                outputs=None,
+
+        def attempt(weight: Array) -> tuple[Rounded, Array]:
+            """The rest of the chain for one try, or for several as one layer; errors of columns."""
+            beside = weight.shape[1] // columns
+            rounded = then(
+                dataclasses.replace(
+                    problem,
+                    weight=weight,
+                    moments=moments,
+                    target=jnp.tile(problem.target, (1, beside)),
+                    outputs=None,
+                )
             )
-        )
-        errors = column_energies(together.values(target.dtype) - jnp.tile(target, (1, tries)), h)
-        errors = errors.reshape(tries, -1)
+            return rounded, column_energies(rounded.values(target.dtype) - jnp.tile(target, (1, beside)), h)
+
+        traced = isinstance(problem.weight, jax.core.Tracer)  # a loop outside of `jit` compiles at every call
+        if traced and columns >= _WIDE * target.shape[0] and target.size >= _LARGE:
+            stacked, errors = jax.lax.map(attempt, jnp.stack(weights))
+            together = jax.tree.map(lambda a: a[0], stacked)
+            finite = jnp.all(stacked.stats.finite)
+            options = list
+        else:
+            stacked, errors = attempt(jnp.concatenate(weights, axis=1))
+            errors = errors.reshape(tries, -1)
+            together, finite = stacked, stacked.stats.finite
+            options = functools.partial(jnp.split, indices_or_sections=tries, axis=1)
         # A candidate may overflow; what is wrong without any has to show.
         own = jnp.arange(tries)[:, None] == 0
         errors = jnp.where(own | jnp.isfinite(errors), errors, jnp.inf)
         choice = jnp.argmin(errors, axis=0)
 
-        def chosen(a: Array) -> Array:
-            own, *others = jnp.split(a, tries, axis=1)
+        def chosen(tries: Iterable[Array]) -> Array:
+            own, *others = tries
             for number, other in enumerate(others, start=1):
                 own = jnp.where(choice == number, other, own)
             return own
@@ -82,17 +104,17 @@ class Best(Stage):
         stats = dataclasses.replace(
             together.stats,
             error=relative_energy(jnp.sum(jnp.min(errors, axis=0)), jnp.sum(column_energies(target, h))),
-            finite=together.stats.finite & jnp.all(jnp.isfinite(target)),
+            finite=finite & jnp.all(jnp.isfinite(target)),
             choices=jnp.sum(choice[None] == jnp.arange(tries)[:, None], axis=1, dtype=jnp.int32),
         )
         rounded = dataclasses.replace(
             together,
-            codes=chosen(together.codes),
-            scale=chosen(together.scale),
-            zero=None if together.zero is None else chosen(together.zero),
+            codes=chosen(options(stacked.codes)),
+            scale=chosen(options(stacked.scale)),
+            zero=None if stacked.zero is None else chosen(options(stacked.zero)),
             stats=stats,
         )
-        return dataclasses.replace(problem, weight=chosen(jnp.concatenate(weights, axis=1))), rounded
+        return dataclasses.replace(problem, weight=chosen(weights)), rounded
 
     def to_dict(self) -> dict[str, Any]:
         """See `Stage`."""

@@ -173,16 +173,36 @@ def test_transforms_and_refinements_run_under_vmap(name, layer):
 
 @pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="compilers for other devices plan differently")
-def test_a_choice_takes_less_memory_than_another_solve():
+@pytest.mark.parametrize("shape", [(1024, 1024), (512, 1536)])
+def test_a_choice_takes_less_memory_than_another_solve(shape):
     """Compiled, not run: what the second rounding and its step need besides what GPTQ needs alone."""
-    square = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    weight, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, (1024, shape[0])))
     grid = Grid(bits=2, group_size=64, clip="mse")
-    problem = jax.eval_shape(lambda w, x: Problem.of(w, observe(x), grid), square, square)
+    problem = jax.eval_shape(lambda w, x: Problem.of(w, observe(x), grid), weight, x)
     alone, chosen = (
         jax.jit(named(name, grid)).lower(problem).compile().memory_analysis().temp_size_in_bytes
         for name in ("gptq", "osaq-gptq")
     )
     assert chosen < 1.8 * alone
+
+
+@pytest.mark.slow
+def test_tries_in_turn_are_those_side_by_side():
+    """A layer so wide that they take turns under `jit`, and what runs without."""
+    x = jax.random.normal(jax.random.key(0), (256, 128)) @ jax.random.normal(jax.random.key(1), (128, 128))
+    weight = jax.random.normal(jax.random.key(2), (128, 2048))
+    problem = Problem.of(weight, observe(x), GRID)
+    recipe = chain(Best((Shrink(factor=0.9), MagR(iterations=20))), GPTQ(), grid=GRID)
+    beside, turns = recipe(problem), jax.jit(recipe)(problem)
+    alone = gptq(weight, observe(x), GRID)
+    assert np.mean(np.asarray(turns.codes) == np.asarray(beside.codes)) > 0.999
+    np.testing.assert_allclose(turns.stats.error, beside.stats.error, rtol=1e-4)
+    assert np.mean(np.isclose(turns.scale, beside.scale, rtol=2e-3)) > 0.999
+    assert turns.stats.choices.shape == (3,)
+    assert turns.stats.choices.sum() == 2048
+    assert turns.stats.attempts.shape == turns.stats.fallback.shape == ()
+    assert turns.stats.error < alone.stats.error
+    assert not jax.jit(recipe)(Problem.of(weight.at[0, 0].set(jnp.nan), observe(x), GRID)).stats.finite
 
 
 def test_a_choice_takes_half_precision_weights(layer):
