@@ -37,7 +37,7 @@ def main() -> None:
         report[model] = {
             "batch": bench.batch,
             "seqlen": bench.seqlen,
-            "time": bench.prices(arguments.repeats),
+            "time": bench.prices(repeats=arguments.repeats),
             "memory": bench.memory(),
         }
         print(model, json.dumps(report[model]), flush=True)

@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +115,11 @@ class Bench:
         configs = {"config": self.config, "teacher_config": self.config}
         return (state, rest, self.params, tokens, self.outputs), {**configs, "options": options}
 
-    def prices(self, repeats: int = 5) -> dict[str, float]:
+    def prices(self, losses: Iterable[str] = LOSSES, repeats: int = 5) -> dict[str, float]:
         """Median time of a step with each loss over that of a step without one, all kinds in turn."""
-        seconds: dict[str, list[float]] = {loss: [] for loss in LOSSES}
+        seconds: dict[str, list[float]] = {loss: [] for loss in ("none", *losses)}
         for number in range(repeats + 1):
-            for loss in LOSSES:
+            for loss in seconds:
                 positional, static = self.step_arguments(loss)
                 jax.block_until_ready(positional)
                 begun = time.perf_counter()
@@ -185,7 +186,7 @@ def main() -> None:
     if arguments.windows is not None and "layer" in arguments.losses:
         arguments.losses.remove("layer")
     bench = Bench(arguments.model, arguments.data, arguments.steps)
-    prices = bench.prices()
+    prices = bench.prices(arguments.losses)
     print("time of a step:", {loss: round(price, 2) for loss, price in prices.items()}, flush=True)
     for name in arguments.grids:
         for seed in arguments.seeds:

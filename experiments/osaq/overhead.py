@@ -1,14 +1,13 @@
 """What OSAQ adds to GPTQ's time and memory: single layers, and the whole run on SmolLM2-135M, interleaved.
 
-    python experiments/osaq/overhead.py [--repeats 7] [--runs 3]
+    python experiments/osaq/overhead.py [--repeats 7] [--runs 3] [--cold 1]
 
 Both sides are the named recipes at W2 g64 with clip search and act-order. `temp` is the memory that the
 compiled program needs besides its arguments and results. `moments_seconds` is what the second moment of
 GPTQ's usual 128 x 2048 tokens takes, from the median of one sequence, and `ratio_with_moments` compares the
 layer's whole work, with them, which both sides need. The run is `quantize_model` on 24 x 512 tokens of the
-packaged calibration text, from opening the model to the finished folder, compiled anew in the first pair and
-not in the others.
-Writes results/overhead.json.
+packaged calibration text, from opening the model to the finished folder, compiled anew in the first `--cold`
+pairs and not in the others. Writes results/overhead.json.
 """
 
 from __future__ import annotations
@@ -85,11 +84,11 @@ def moments_seconds(channels: int, repeats: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def run(runs: int) -> dict:
+def run(runs: int, cold: int) -> dict:
     seconds = {name: [] for name in NAMES}
-    for number in range(1 + runs):
+    for number in range(cold + runs):
         for name in NAMES:
-            if number == 0:
+            if number < cold:
                 jax.clear_caches()
             started = time.perf_counter()
             source = open_model("smollm2-135m")
@@ -99,8 +98,9 @@ def run(runs: int) -> dict:
             with tempfile.TemporaryDirectory() as folder:
                 quantize_model(source, named(name, GRID), tokens, Path(folder) / "q")
             seconds[name].append(time.perf_counter() - started)
-    first = {name: [values.pop(0)] for name, values in seconds.items()}
-    return {"first": _compare(first), "compiled": _compare(seconds)}
+    first = {name: values[:cold] for name, values in seconds.items()}
+    compiled = {name: values[cold:] for name, values in seconds.items()}
+    return {"first": _compare(first), "compiled": _compare(compiled)}
 
 
 def _compare(seconds: dict[str, list[float]]) -> dict:
@@ -113,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--cold", type=int, default=1)
     arguments = parser.parse_args()
     report: dict = {
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg()},
@@ -123,7 +124,7 @@ def main() -> None:
     for shape in SHAPES:
         report["layers"].append(layer(*shape, arguments.repeats))
         print(report["layers"][-1], flush=True)
-    report["run"] = run(arguments.runs)
+    report["run"] = run(arguments.runs, arguments.cold)
     print(report["run"], flush=True)
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
 
