@@ -8,8 +8,9 @@ some of them, in one process a chip, since a compiler may abort; with `--chip`, 
 and prints the rows. On v6e and GPUs the scan and the plain product with a `jnp.uint4` or `jnp.uint2` weight
 are compiled beside it. Needs `libtpu` of the version that jax pins (extra `aot`), and `jax-cuda12-plugin` and
 `jax-cuda12-pjrt` of the version of jax, installed with `--no-deps`: no driver and no CUDA. Writes
-results/aot.json and results/aot.md. Nothing is run: `floor_us`, a prediction, is what the bytes of arguments
-take at the bandwidth of the chip or the multiplications at its peak, whichever is longer.
+results/aot.json and results/aot.md. Nothing is run: `vmem_bytes` is what a compiler for TPUs says that the
+kernel takes, and `floor_us`, a prediction, what the bytes of arguments take at the bandwidth of the chip or
+the multiplications at its peak, whichever is longer.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ device_description_str: "{}"
 # Versions of CUDA that the plugins are built for.
 CUDA = {"xla_cuda12": (12, 9), "xla_cuda13": (13, 0)}
 CALL = re.compile('custom_call_target="(tpu_custom_call|mosaic_gpu)')
+VMEM = re.compile(r'"used_scoped_memory_configs":\[{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 # Inputs, outputs and group size.
 LINEARS = {
     "SmolLM2 up": (576, 1536, 64),
@@ -107,6 +109,13 @@ def floor_us(chip: str, nbytes: float, operations: float = 0) -> float:
     """What bytes or operations in bfloat16 take at least, in microseconds."""
     _, bandwidth, peak = CHIPS[chip]
     return 1e6 * max(nbytes / bandwidth, operations / peak)
+
+
+def kernels(program) -> dict:
+    """Calls of kernels in a compiled program, and the most VMEM that one of them takes (`None` on GPUs)."""
+    lines = [line for line in program.as_text().splitlines() if CALL.search(line)]
+    sizes = [int(size) for line in lines for size in VMEM.findall(line)]
+    return {"calls": len(lines), "vmem_bytes": max(sizes, default=None)}
 
 
 def compile_all(chip: str) -> list[dict]:
@@ -176,7 +185,7 @@ def compile_all(chip: str) -> list[dict]:
             "temp_bytes": memory.temp_size_in_bytes,
             "bf16_bytes": 2 * rows * out,
             "accessed_bytes": cost.get("bytes accessed"),
-            "calls": len(CALL.findall(program.as_text())),
+            **kernels(program),
             "floor_us": floor_us(chip, memory.argument_size_in_bytes, 2 * tokens * rows * out),
             "compile_seconds": time.perf_counter() - started,
         }  # fmt: skip

@@ -59,7 +59,7 @@ def compile_all(chip: str) -> list[dict]:
             "temp_bytes": memory.temp_size_in_bytes,
             "bf16_bytes": 2 * 2 * PLACES * kv_heads * n,
             "accessed_bytes": cost.get("bytes accessed"),
-            "calls": len(aot.CALL.findall(program.as_text())),
+            **aot.kernels(program),
             "floor_us": aot.floor_us(chip, memory.argument_size_in_bytes),
             "compile_seconds": time.perf_counter() - started,
         }  # fmt: skip

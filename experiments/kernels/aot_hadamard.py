@@ -47,7 +47,7 @@ def compile_all(chip: str) -> list[dict]:
             "temp_bytes": memory.temp_size_in_bytes,
             "float32_bytes": 4 * tokens * n,
             "accessed_bytes": cost.get("bytes accessed"),
-            "calls": len(aot.CALL.findall(program.as_text())),
+            **aot.kernels(program),
             "floor_us": aot.floor_us(chip, moved),
             "compile_seconds": time.perf_counter() - started,
         }  # fmt: skip

@@ -3,11 +3,12 @@
     python experiments/kernels/block.py [--chip v6e]
 
 Compiles `jaxquant.models.decoder.block` ahead of time for the shapes of SmolLM2-135M, Llama-3-8B and
-Llama-3-70B, all linears W4 in groups (for TPUs `paired`), activations in bfloat16: one token behind a cache
-of 4096, and a prompt of 512 into a cache of its length. Parameters are shapes, no array is made. As in
-aot.py, which has what they need installed, there is a process a chip, nothing is run, and `floor_us` is the
-time of bytes or operations, those of linears and of attention. Of whole models it is that of their blocks and
-of a bfloat16 head for one token. Writes results/block.json and results/block.md.
+Llama-3-70B, all linears W4 in groups (for TPUs `paired`): W4A16, activations and cache in bfloat16, and
+W4A4KV4, activations (one range a token, the inputs of down transformed) and cache in 4 bits; one token behind
+a cache of 4096, and a prompt of 512 into a cache of its length. Parameters are shapes, no array is made. As
+in aot.py, which has what they need installed, there is a process a chip, nothing is run, and `floor_us` is
+the time of bytes or operations (as if in bfloat16), those of linears and of attention. Of whole models it is
+that of their blocks and of a bfloat16 head for one token. Writes results/block.json and results/block.md.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ CHIPS = ("v4", "v5e", "v5p", "v6e", "tpu7x", "H100")
 # Tokens that enter at once, and places of the cache.
 STEPS = {"decode": (1, 4096), "prefill": (512, 512)}
 BITS = 4
+PRECISIONS = ("W4A16", "W4A4KV4")
 
 
 def operations(name: str, step: str) -> int:
@@ -46,19 +48,24 @@ def compile_all(chip: str) -> list[dict]:
     import jax.numpy as jnp
 
     from jaxquant.models.cache import init_cache
-    from jaxquant.models.config import LINEARS, ModelConfig
+    from jaxquant.models.config import LINEARS, ModelConfig, Precision
     from jaxquant.models.decoder import block
     from jaxquant.models.init import init_params
-    from jaxquant.quant import Grid, paired, quantize
+    from jaxquant.quant import ActivationGrid, Grid, paired, quantize
 
     sharding = jax.sharding.SingleDeviceSharding(aot.device(chip))
 
-    def build(name: str, places: int):
+    def build(name: str, places: int, precision: str):
         hidden, intermediate, heads, kv_heads, head_dim, size = MODELS[name]
+        integers = Precision.uniform(
+            ActivationGrid(bits=BITS), ActivationGrid(bits=BITS, scale_dtype="float16")
+        )
+        integers = dataclasses.replace(integers, hidden_hadamard=intermediate)
         config = ModelConfig(
             family="llama", vocab_size=8, hidden_size=hidden, intermediate_size=intermediate, num_layers=1,
             num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, query_scale=head_dim**-0.5,
             max_position=places, dtype="bfloat16",
+            precision=integers if precision == "W4A4KV4" else Precision(),
         )  # fmt: skip
 
         def arrays():
@@ -70,14 +77,14 @@ def compile_all(chip: str) -> list[dict]:
             cache = init_cache(config, 1, places)
             if chip not in aot.GPUS:
                 params = paired(params)
-            params, slices = jax.tree.map(lambda a: a[0], (params, (cache.k, cache.v)))
-            return params, dataclasses.replace(cache, k=slices[0], v=slices[1])
+            params, k, v = jax.tree.map(lambda a: a[0], (params, cache.k, cache.v))
+            return params, dataclasses.replace(cache, k=k, v=v)
 
         return config, *jax.eval_shape(arrays)
 
-    def row(name: str, step: str) -> dict:
+    def row(name: str, step: str, precision: str) -> dict:
         tokens, places = STEPS[step]
-        config, params, cache = build(name, places)
+        config, params, cache = build(name, places, precision)
         x = jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.bfloat16)
         arguments = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (params, x, cache)
@@ -90,47 +97,50 @@ def compile_all(chip: str) -> list[dict]:
         program = jax.jit(run, donate_argnums=2).lower(*arguments).compile()
         memory = program.memory_analysis()
         return {
-            "chip": chip, "model": name, "step": step, "tokens": tokens, "places": places, "bits": BITS,
+            "chip": chip, "model": name, "step": step, "tokens": tokens, "places": places,
+            "precision": precision,
             "argument_bytes": memory.argument_size_in_bytes,
             "packed_bytes": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arguments)),
             "temp_bytes": memory.temp_size_in_bytes,
             "bf16_bytes": 2 * config.hidden_size * config.intermediate_size,
-            "calls": len(aot.CALL.findall(program.as_text())),
+            **aot.kernels(program),
             "floor_us": aot.floor_us(chip, memory.argument_size_in_bytes, operations(name, step)),
             "compile_seconds": time.perf_counter() - started,
         }  # fmt: skip
 
-    return [row(name, step) for name in MODELS for step in STEPS]
+    return [row(name, step, precision) for precision in PRECISIONS for name in MODELS for step in STEPS]
 
 
 def table(rows: list[dict]) -> str:
     """Markdown: a row a program."""
     lines = [
-        "| chip | model | step | arguments, MB | over packed | temp, MB | largest linear in bf16, MB | "
-        "kernels | floor, us |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| chip | precision | model | step | arguments, MB | over packed | temp, MB | "
+        "largest linear in bf16, MB | kernels | VMEM, MB | floor, us |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in rows:
+        vmem = "" if r["vmem_bytes"] is None else f"{r['vmem_bytes'] / 1e6:.1f}"
         lines.append(
-            f"| {r['chip']} | {r['model']} | {r['step']} | {r['argument_bytes'] / 1e6:.1f} | "
-            f"{r['argument_bytes'] / r['packed_bytes'] - 1:.1%} | {r['temp_bytes'] / 1e6:.1f} | "
-            f"{r['bf16_bytes'] / 1e6:.1f} | {r['calls']} | {r['floor_us']:.1f} |"
+            f"| {r['chip']} | {r['precision']} | {r['model']} | {r['step']} | "
+            f"{r['argument_bytes'] / 1e6:.1f} | {r['argument_bytes'] / r['packed_bytes'] - 1:.1%} | "
+            f"{r['temp_bytes'] / 1e6:.1f} | {r['bf16_bytes'] / 1e6:.1f} | {r['calls']} | {vmem} | "
+            f"{r['floor_us']:.1f} |"
         )
     lines += [
         "",
         "Predicted floors of whole models, ms: a token behind 4096, and a prompt of 512.",
         "",
-        "| chip | " + " | ".join(f"{name}, {step}" for name in MODELS for step in STEPS) + " |",
-        "| --- |" + " ---: |" * len(MODELS) * len(STEPS),
+        "| chip | precision | " + " | ".join(f"{name}, {step}" for name in MODELS for step in STEPS) + " |",
+        "| --- | --- |" + " ---: |" * len(MODELS) * len(STEPS),
     ]
-    for chip in dict.fromkeys(r["chip"] for r in rows):
-        floors = {(r["model"], r["step"]): r["floor_us"] for r in rows if r["chip"] == chip}
-        cells = [f"{whole_ms(chip, *key, floor):.3g}" for key, floor in floors.items()]
-        lines.append(f"| {chip} | {' | '.join(cells)} |")
+    for chip, precision in dict.fromkeys((r["chip"], r["precision"]) for r in rows):
+        of_chip = [r for r in rows if (r["chip"], r["precision"]) == (chip, precision)]
+        cells = [f"{whole_ms(chip, r['model'], r['floor_us']):.3g}" for r in of_chip]
+        lines.append(f"| {chip} | {precision} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def whole_ms(chip: str, name: str, step: str, block_us: float) -> float:
+def whole_ms(chip: str, name: str, block_us: float) -> float:
     """Blocks one after another, and the head for the last token."""
     blocks, vocabulary = WHOLE[name]
     head = aot.floor_us(chip, 2 * vocabulary * MODELS[name][0])

@@ -17,6 +17,7 @@ def test_memory_is_that_of_the_packed_cache(chip, compiled):
     for row in rows:
         small = row["model"] == "SmolLM2"
         assert row["calls"] == 1, row
+        assert row["vmem_bytes"] <= 16 * 2**20, row
         # Registers are 8 x 128: of SmolLM2 three heads of scales take four.
         assert row["argument_bytes"] < (1.1 if small else 1.01) * row["packed_bytes"], row
         if row["bits"] == 4:

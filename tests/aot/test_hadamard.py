@@ -17,6 +17,7 @@ def test_memory_is_that_of_x_and_codes(chip, compiled):
     assert {row["block"] for row in rows} == {64, 1536, 14336, 28672}
     for row in rows:
         assert row["calls"] == 1, row
+        assert row["vmem_bytes"] <= 16 * 2**20, row
         # v5p copies scales and offsets, whose rows are whole registers.
         width = 128 * math.ceil(row["channels"] / row["group"] / 128)
         assert row["temp_bytes"] < 1.1 * 2 * 4 * row["tokens"] * width, row

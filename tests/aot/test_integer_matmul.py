@@ -12,6 +12,7 @@ def test_memory_is_that_of_the_packed_weight(chip, compiled):
     rows = [row for row in compiled("aot.py", chip) if row["how"].startswith("integers")]
     assert {row["bits"] for row in rows} == {3, 4, 8}
     assert all(row["calls"] == (chip != "v4") for row in rows)
+    assert all(row["vmem_bytes"] <= 16 * 2**20 for row in rows if row["calls"])
     for row in rows:
         small = row["linear"].startswith("SmolLM2")
         # Registers are 8 x 128: of SmolLM2 9 groups take 16.
