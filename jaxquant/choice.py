@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array
 
 from jaxquant.errors import UsageError
@@ -79,7 +80,7 @@ class Best(Stage):
             )
             return rounded, column_energies(rounded.values(target.dtype) - jnp.tile(target, (1, beside)), h)
 
-        traced = isinstance(problem.weight, jax.core.Tracer)  # a loop outside of `jit` compiles at every call
+        traced = isinstance(problem.weight, Tracer)  # a loop outside of `jit` compiles at every call
         if traced and columns >= _WIDE * target.shape[0] and target.size >= _LARGE:
             stacked, errors = jax.lax.map(attempt, jnp.stack(weights))
             together = jax.tree.map(lambda a: a[0], stacked)
