@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array
 
 from jaxquant.errors import UsageError
@@ -27,13 +26,12 @@ class Best(Stage):
     """The transform among `candidates`, or none, that leaves the least error, column by column.
 
     The weight and what the candidates make of it go through the rest of the chain side by side, as one layer
-    (under `jit` in turn, where a large layer has twice as many outputs as inputs, to the same end in less
-    memory), and of every column the rounding with the least `d^T H d` is kept, `d` its distance from
-    `problem.target` and `H = problem.moments.second`. So no column is worse than without candidates on the
-    tokens of the moments, and no layer, but for what float32 makes of the errors. What follows must treat
-    columns independently, as all roundings here do; refinements that say that they couple columns come after
-    the choice. The rounding takes the time of `1 + len(candidates)` layers, side by side with one
-    factorization.
+    (in turn, where a large layer has twice as many outputs as inputs, to the same end in less memory), and of
+    every column the rounding with the least `d^T H d` is kept, `d` its distance from `problem.target` and `H`
+    the second moment. So no column is worse than without candidates on the tokens of the moments, and no
+    layer, but for what float32 makes of the errors. What follows must treat columns independently, as all
+    roundings here do; refinements that say that they couple columns come after the choice. The rounding takes
+    the time of `1 + len(candidates)` layers, side by side with one factorization.
 
     Attributes:
       candidates: transforms of the weight alone, which print differently; none of them is always tried, too.
@@ -80,24 +78,23 @@ class Best(Stage):
             )
             return rounded, column_energies(rounded.values(target.dtype) - jnp.tile(target, (1, beside)), h)
 
-        traced = isinstance(problem.weight, Tracer)  # a loop outside of `jit` compiles at every call
-        if traced and columns >= _WIDE * target.shape[0] and target.size >= _LARGE:
+        if columns >= _WIDE * target.shape[0] and target.size >= _LARGE:
             stacked, errors = jax.lax.map(attempt, jnp.stack(weights))
-            together = jax.tree.map(lambda a: a[0], stacked)
+            together = jax.tree.map(lambda a: a[0], stacked)  # what is not of columns is the same for all
             finite = jnp.all(stacked.stats.finite)
-            options = list
+            by_try = list
         else:
             stacked, errors = attempt(jnp.concatenate(weights, axis=1))
             errors = errors.reshape(tries, -1)
             together, finite = stacked, stacked.stats.finite
-            options = functools.partial(jnp.split, indices_or_sections=tries, axis=1)
+            by_try = functools.partial(jnp.split, indices_or_sections=tries, axis=1)
         # A candidate may overflow; what is wrong without any has to show.
         own = jnp.arange(tries)[:, None] == 0
         errors = jnp.where(own | jnp.isfinite(errors), errors, jnp.inf)
         choice = jnp.argmin(errors, axis=0)
 
-        def chosen(tries: Iterable[Array]) -> Array:
-            own, *others = tries
+        def chosen(options: Iterable[Array]) -> Array:
+            own, *others = options
             for number, other in enumerate(others, start=1):
                 own = jnp.where(choice == number, other, own)
             return own
@@ -110,9 +107,9 @@ class Best(Stage):
         )
         rounded = dataclasses.replace(
             together,
-            codes=chosen(options(stacked.codes)),
-            scale=chosen(options(stacked.scale)),
-            zero=None if stacked.zero is None else chosen(options(stacked.zero)),
+            codes=chosen(by_try(stacked.codes)),
+            scale=chosen(by_try(stacked.scale)),
+            zero=None if stacked.zero is None else chosen(by_try(stacked.zero)),
             stats=stats,
         )
         return dataclasses.replace(problem, weight=chosen(weights)), rounded

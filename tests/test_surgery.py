@@ -133,8 +133,8 @@ def test_every_linear_multiplies_integers_like_values(params, tokens, tmp_path):
         """Calls, where the text has one function for all linears of a shape."""
         total = 0
         for eqn in jaxpr.eqns:
-            integers = all(v.aval.dtype == jnp.int8 for v in eqn.invars[:2])
-            total += eqn.primitive.name == "dot_general" and integers
+            if eqn.primitive.name == "dot_general":
+                total += all(operand.aval.dtype == jnp.int8 for operand in eqn.invars)
             # A jaxpr, closed or not.
             inner = (getattr(value, "jaxpr", value) for value in jax.tree.leaves(list(eqn.params.values())))
             total += sum(count(value) for value in inner if hasattr(value, "eqns"))

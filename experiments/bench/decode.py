@@ -7,7 +7,7 @@ the portable backend widens as a whole (dense: a float32 one); of a model of Smo
 behind 128 others, logits included, and 512 tokens at once with the logits of the last. Weights are random,
 packed ones 4.5 bits with a float16 embedding. With llama-cpp-python and a GGUF file of that model, llama.cpp
 stands beside them (Q4_1: 5 bits). Ratios are medians of paired times, dense float32 in JAX over the side
-named. How long the model takes to be traced and compiled stands beside them. Writes results/decode.json.
+named. Writes results/decode.json.
 """
 
 from __future__ import annotations
@@ -133,11 +133,11 @@ def head_sides() -> dict[str, Callable[[], Any]]:
     }
 
 
-def model_arguments(length: int) -> dict[str, tuple[Any, jax.Array, Any]]:
-    """Parameters, tokens and a cache, dense and packed, for `length` tokens into an empty cache, or for one
-    behind `FILLED` others."""
+def model_sides(length: int, gguf: str | None, threads: int) -> dict[str, Callable[[], Any]]:
+    """One token behind `FILLED` others, or `length` tokens into an empty cache."""
     filled = FILLED if length == 1 else 0
     params = init_params(jax.random.key(0), SMOLLM2)
+    tokens = jnp.zeros((1, length), jnp.int32)
     cache = init_cache(SMOLLM2, 1, filled + length)
     if filled:
         cache = decoder.forward(params, SMOLLM2, jnp.zeros((1, filled), jnp.int32), cache=cache).cache
@@ -149,38 +149,18 @@ def model_arguments(length: int) -> dict[str, tuple[Any, jax.Array, Any]]:
         for part in ("attn", "mlp")
     }
     packed = params | {"blocks": params["blocks"] | blocks, "embed": params["embed"].astype(jnp.float16)}
-    tokens = jnp.zeros((1, length), jnp.int32)
-    return {"dense_float32": (params, tokens, cache), "packed": (packed, tokens, cache)}
 
+    def step(params: Any, tokens: jax.Array, cache: Any) -> jax.Array:
+        hidden, _ = decoder.final_hidden(params, SMOLLM2, tokens, cache=cache)
+        return decoder.logits(params, SMOLLM2, hidden[:, -1])
 
-def model_step(params: Any, tokens: jax.Array, cache: Any) -> jax.Array:
-    hidden, _ = decoder.final_hidden(params, SMOLLM2, tokens, cache=cache)
-    return decoder.logits(params, SMOLLM2, hidden[:, -1])
-
-
-def model_sides(length: int, gguf: str | None, threads: int) -> dict[str, Callable[[], Any]]:
-    """One token behind `FILLED` others, or `length` tokens into an empty cache."""
-    arguments = model_arguments(length)
     sides = {
-        "dense_float32": run_jax(model_step, *arguments["dense_float32"]),
-        "packed_kernel": run_jax(model_step, *arguments["packed"]),
+        "dense_float32": run_jax(step, params, tokens, cache),
+        "packed_kernel": run_jax(step, packed, tokens, cache),
     }
     with use_backend("portable"):
-        sides["packed_portable"] = run_jax(model_step, *arguments["packed"])
-    filled = FILLED if length == 1 else 0
+        sides["packed_portable"] = run_jax(step, packed, tokens, cache)
     return sides | torch_sides(length, filled) | llama_sides(length, filled, gguf, threads)
-
-
-def compile_seconds(length: int) -> dict[str, float]:
-    """Of tracing, lowering and compiling the model, with nothing kept from before."""
-
-    def seconds(arguments: tuple[Any, jax.Array, Any]) -> float:
-        jax.clear_caches()
-        start = time.perf_counter()
-        jax.jit(model_step).lower(*arguments).compile()
-        return time.perf_counter() - start
-
-    return {side: seconds(arguments) for side, arguments in model_arguments(length).items()}
 
 
 def torch_sides(length: int, filled: int) -> dict[str, Callable[[], Any]]:
@@ -248,21 +228,16 @@ def main() -> None:
         for rows in ROWS
     }
     cases["the head of a SmolLM2-135M"] = head_sides
-    lengths = {"a token": 1, f"{PROMPT} tokens": PROMPT}
-    for name, length in lengths.items():
+    for name, length in (("a token", 1), (f"{PROMPT} tokens", PROMPT)):
         cases[f"{name} of a SmolLM2-135M"] = functools.partial(model_sides, length, args.gguf, args.threads)
-    before = os.getloadavg()
-    results: dict[str, dict[str, Any]] = {}
+    before, results = os.getloadavg(), {}
     for name, sides in cases.items():
         results[name] = interleaved(sides(), args.repeats)
         times = (
             f"{side} {r['milliseconds']:.3f} ms ({r['ratio']:.2f}x)" for side, r in results[name].items()
         )
         print(f"{name}: {', '.join(times)}", flush=True)
-    compiled = {name: compile_seconds(length) for name, length in lengths.items()}
-    print("seconds to compile a SmolLM2-135M:", compiled)
     setting = {"grid": str(GRID), "repeats": args.repeats, "threads_of_peers": args.threads}
-    results["compiling a SmolLM2-135M, seconds"] = compiled
     write_report(args.out, setting, results, before, peers=peers)
 
 

@@ -1,6 +1,7 @@
 """Training at 1 to 2 bits with and without each smoothness loss: equal steps, equal tokens, equal compute.
 
     python experiments/fine/qat.py [--model tiny] [--grids W2 ...] [--seeds 0 1 2] [--steps 300] [--windows N]
+        [--losses none gradient ...]
     python experiments/fine/qat.py --model smollm2-135m --data DIR --grids W2 --seeds 0 --steps 40
 
 `tiny` is trained on the embedded corpus and judged on its held-out part; SmolLM2-135M on the WikiText-2 train

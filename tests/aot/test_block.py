@@ -24,8 +24,8 @@ def test_a_kernel_per_linear_and_no_dequantized_weight(chip, compiled):
         # Of SmolLM2 576 outputs lie as 640, which a cache of 4 bits does not outweigh.
         padded = small and integers and chip != "H100"
         assert row["argument_bytes"] < (1.065 if padded else 1.05) * row["packed_bytes"], row
-        # Of SmolLM2 512 tokens or a cache of 4 bits, brought into VMEM, take as much room as a weight.
-        if not small or (row["step"] == "decode" and not integers):
+        # Of SmolLM2 512 tokens or, on TPUs, a cache of 4 bits in VMEM take as much room as a weight.
+        if not small or (row["step"] == "decode" and not padded):
             assert row["temp_bytes"] < row["bf16_bytes"], row
         if chip != "H100":
             assert row["vmem_bytes"] <= 16 * 2**20, row
